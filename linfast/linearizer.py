@@ -195,7 +195,8 @@ class Linearizer(nn.Module):
     def svd(self) -> LinearizerSVD:
         """Singular values S [k], and orthonormal singular vectors ``left`` and ``right`` [k, ...] in data space.
 
-        ``left, S, right = f.svd()`` give f(x) as the sum over i, in the y side's space, of ``S_i <x, right_i> left_i``.
+        With ``left, S, right = f.svd()``, f(x) is the sum over i of ``S_i <x, right_i> left_i``, in the y side's
+        space.
 
         Raises:
             ValueError: A depends on time, or holds one operator per sample.

@@ -116,8 +116,8 @@ class ScaleMap:
     | sigmoid | log(sigmoid(r + 2) + floor) | log floor to about 0 | normflows, nflows (floor = 1e-3) |
     | softplus | log(min(softplus(r) + floor, c)) | log floor to log c | glasflow (floor = 1e-3, c = 3) |
 
-    The log-determinant of a coupling is the sum of these values. Round trips of deep stacks stay accurate only while
-    the summed log-scales stay moderate, which the bound c ensures.
+    The log-determinant of a coupling is the sum of these values. Round trips of deep stacks stay accurate only
+    while the summed log-scales stay moderate, which the bound c ensures.
 
     Args:
         kind: a name from the table.

@@ -1,9 +1,9 @@
 """The code of the pages in docs/ and of public docstrings runs; the API reference has every public name.
 
-The ```python blocks of a page run in order, in one namespace and in an empty directory; those with >>> are doctests.
-A comment before a block says otherwise: ``<!-- needs: NAME -->`` runs it only where that package can be imported (a
-failure where LINFAST_REQUIRE_PEERS is set), and ``<!-- not run: REASON -->`` never. Of ```bash blocks the ``linfast``
-commands are parsed, and not run. tests/test_readme.py runs the code of README.md.
+The ```python blocks of a page run in order, in one namespace and in an empty directory; those with >>> are
+doctests. A comment before a block says otherwise: ``<!-- needs: NAME -->`` runs it only where that package can be
+imported (a failure where LINFAST_REQUIRE_PEERS is set), and ``<!-- not run: REASON -->`` never. The ``linfast``
+commands in ```bash blocks are parsed, not run. tests/test_readme.py runs the code of README.md.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from linfast.bench import run as bench
 
 import linfast as lf
 from linfast import cli, training
 from linfast.accelerate import adapter
-from linfast.bench import run as bench
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))
@@ -53,7 +53,8 @@ class Block:
 def blocks(page: str) -> Iterator[Block]:
     for found in _FENCED.finditer(page):
         indent, language, text = found.groups()
-        mark, argument = (marked := _MARKED.search(page[: found.start()])) and marked.groups() or ("", "")
+        marked = _MARKED.search(page[: found.start()])
+        mark, argument = marked.groups() if marked else ("", "")
         assert argument or not mark, f"<!-- {mark}: --> does not say {'why' if mark == 'not run' else 'what'}"
         text = re.sub(rf"^{indent}", "", text, flags=re.MULTILINE)
         yield Block(language, text, page.count("\n", 0, found.start()) + 2, mark, argument)
@@ -140,14 +141,14 @@ def test_the_code_of_a_page_runs(name: str, alone: None) -> None:
 def test_pages_are_found_and_run(alone: None) -> None:
     """Names pass from block to block; pages, plain blocks, doctests and commands are found at all."""
     assert len(PAGES) > 15
-    page = "```python\nx = 1\n```\ntext\n```python\n>>> x\n1\n>>> y = x + 1\n```\n- list\n\n  ```python\n  assert y == 2\n  ```\n"
-    assert execute(page, Path("page.md")) == []
-    assert execute("<!-- needs: nowhere_to_be_found -->\n```python\n1 / 0\n```\n", Path("page.md")) == [
-        "line 3 needs nowhere_to_be_found"
-    ]
-    assert execute("<!-- not run: divides by zero -->\n```python\n1 / 0\n```\n", Path("page.md")) == []
-    shell = "```bash\nA=1 .venv/bin/linfast demo \\\n  --seed 3 | tee out\npip install linfast\npython -m linfast.cli info\n```\n"
-    assert list(commands(shell)) == [["demo", "--seed", "3"], ["info"]]
+    plain, doctests = "```python\nx = 1\n```\ntext\n", "```python\n>>> x\n1\n>>> y = x + 1\n```\n"
+    indented = "- in a list\n\n  ```python\n  assert y == 2\n  ```\n"
+    assert execute(plain + doctests + indented, Path("page.md")) == []
+    wrong = "```python\n1 / 0\n```\n"
+    assert execute(f"<!-- needs: no_such_package -->\n{wrong}", Path("page.md")) == ["line 3 needs no_such_package"]
+    assert execute(f"<!-- not run: divides by zero -->\n{wrong}", Path("page.md")) == []
+    shell = "A=1 .venv/bin/linfast demo \\\n  --seed 3 | tee out\npip install linfast\npython -m linfast.cli info\n"
+    assert list(commands(f"```bash\n{shell}```\n")) == [["demo", "--seed", "3"], ["info"]]
 
 
 @pytest.mark.parametrize(
@@ -189,11 +190,10 @@ def test_the_examples_of_a_docstring_run(name: str, alone: None) -> None:
 
 def test_the_reference_has_every_public_name() -> None:
     """A directive ``::: linfast.NAME``, or one of a module whose option ``members`` lists names."""
+    text = "".join(path.read_text() for path in ROOT.glob("docs/reference/*.md"))
     listed = []
-    for path in ROOT.glob("docs/reference/*.md"):
-        for found in re.finditer(r"^::: (linfast(?:\.ops|\.training)?)\.(.*)\n((?: +.*\n)*)", path.read_text(), re.M):
-            package, name, options = found.groups()
-            members = re.search(r" members: \[(.*)\]", options)
-            names = members.group(1).split(", ") if members else [name.rpartition(".")[2]]
-            listed += [f"{package}.{name}" for name in names]
+    for package, name, options in re.findall(r"^::: (linfast(?:\.ops|\.training)?)\.(.*)\n((?: +.*\n)*)", text, re.M):
+        members = re.search(r" members: \[(.*)\]", options)
+        names = members.group(1).split(", ") if members else [name.rpartition(".")[2]]
+        listed += [f"{package}.{name}" for name in names]
     assert sorted(listed) == sorted(f"{package}.{name}" for package in PUBLIC for name in PUBLIC[package])

@@ -1,4 +1,4 @@
-"""A hook of mkdocs: every notebook in examples/notebooks becomes a page, with the outputs that are stored in the file.
+"""A hook of mkdocs: notebooks in examples/notebooks become pages, with the outputs that their files hold.
 
 docs/examples.md links to the notebooks in the checkout; on the site these links lead to the pages.
 """
@@ -43,8 +43,8 @@ def _parts(notebook: dict[str, Any], name: str, pictures: list[bytes]) -> Iterat
             if "image/png" in data:
                 yield f"![output of the cell above]({name}_{len(pictures)}.png)"
                 pictures.append(base64.b64decode("".join(data["image/png"])))
-            elif text := "".join(data.get("text/plain", output.get("text", ()))):
-                if output.get("name") != "stderr":  # progress bars
-                    yield f"```text\n{text.rstrip()}\n```"
+            elif output.get("name") != "stderr":  # without progress bars
+                text = "".join(data.get("text/plain", output.get("text", ())))
+                yield f"```text\n{text.rstrip()}\n```"
         if i == 0:
             yield f"[Download this notebook]({name}.ipynb)"

@@ -18,8 +18,8 @@ _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inver
 class Bijection(nn.Module):
     """An invertible map g of data x [B, C, ...] to noise z of as many elements per sample: the base class.
 
-    Context keywords, ``t=`` and ``context=``, go to the conditioners. A subclass sets ``features`` and implements one
-    method, ``_transform``, which the four public methods call.
+    Context keywords, ``t=`` and ``context=``, go to the conditioners. A subclass sets ``features`` and implements
+    one method, ``_transform``, which the four public methods call.
 
     Attributes:
         features: channels (dim 1) of x; None where any number is valid.
