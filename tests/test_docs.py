@@ -191,8 +191,8 @@ def test_the_examples_of_a_docstring_run(name: str, alone: None) -> None:
 def test_the_reference_has_every_public_name() -> None:
     """A directive ``::: linfast.NAME``, or one of a module whose option ``members`` lists names."""
     text = "".join(path.read_text() for path in ROOT.glob("docs/reference/*.md"))
-    listed = []
-    for package, name, options in re.findall(r"^::: (linfast(?:\.ops|\.training)?)\.(.*)\n((?: +.*\n)*)", text, re.M):
+    directive, listed = r"^::: (linfast(?:\.ops|\.training)?)\.(.*)\n((?: +.*\n)*)", []
+    for package, name, options in re.findall(directive, text, re.MULTILINE):
         members = re.search(r" members: \[(.*)\]", options)
         names = members.group(1).split(", ") if members else [name.rpartition(".")[2]]
         listed += [f"{package}.{name}" for name in names]
