@@ -16,8 +16,15 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Add the pages to the section that has docs/examples.md."""
+    section = next(pages for entry in config.nav or () for pages in entry.values() if "examples.md" in pages)
+    section += [f"notebooks/{path.stem}.md" for path in _notebooks(config)]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    for path in sorted(Path(config.config_file_path).parent.glob("examples/notebooks/*.ipynb")):
+    for path in _notebooks(config):
         pictures: list[bytes] = []
         text = "\n\n".join(_parts(json.loads(path.read_text()), path.stem, pictures))
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
@@ -31,11 +38,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     return re.sub(r"\]\(\.\./examples/notebooks/(\w+)\.ipynb\)", r"](notebooks/\1.md)", markdown)
 
 
+def _notebooks(config: MkDocsConfig) -> list[Path]:
+    return sorted(Path(config.config_file_path).parent.glob("examples/notebooks/*.ipynb"))
+
+
 def _parts(notebook: dict[str, Any], name: str, pictures: list[bytes]) -> Iterator[str]:
     """The notebook as Markdown, part by part; ``pictures`` receives the PNGs."""
     for i, cell in enumerate(notebook["cells"]):
         if cell["cell_type"] == "markdown":
-            yield "".join(cell["source"])
+            yield "".join(cell["source"]).replace("](../../docs/", "](../")
         elif source := "".join(cell["source"]):
             yield f"```python\n{source}\n```"
         for output in cell.get("outputs", ()):
