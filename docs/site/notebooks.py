@@ -49,13 +49,19 @@ def _parts(notebook: dict[str, Any], name: str, pictures: list[bytes]) -> Iterat
             yield "".join(cell["source"]).replace("](../../docs/", "](../")
         elif source := "".join(cell["source"]):
             yield f"```python\n{source}\n```"
+        printed = ""
         for output in cell.get("outputs", ()):
             data = output.get("data", {})
             if "image/png" in data:
-                yield f"![output of the cell above]({name}_{len(pictures)}.png)"
+                yield _text(printed) + f"![output of the cell above]({name}_{len(pictures)}.png)"
                 pictures.append(base64.b64decode("".join(data["image/png"])))
+                printed = ""
             elif output.get("name") != "stderr":  # without progress bars
-                text = "".join(data.get("text/plain", output.get("text", ())))
-                yield f"```text\n{text.rstrip()}\n```"
+                printed += "".join(data.get("text/plain", output.get("text", ())))
+        yield _text(printed)
         if i == 0:
             yield f"[Download this notebook]({name}.ipynb)"
+
+
+def _text(printed: str) -> str:
+    return f"```text\n{printed.rstrip()}\n```\n\n" if printed.strip() else ""
