@@ -179,8 +179,8 @@ def image_flow(
         unet_options: more arguments of ``UNet``: channel_mult, blocks, attention_resolutions
             (counted after the squeeze), dropout, nchw_dropout.
         transform, bins, tail_bound, scale_map, order, actnorm, mix, memory, coupling: as in ``coupling_flow``.
-        time_features, context_features: inputs of the conditioners for ``t`` and ``context``, such as one-hot
-            labels; see ``ConvNet`` and ``UNet``.
+        time_features, context_features: inputs of the conditioners for ``t`` and ``context``. Labels are given as
+            one row per image, such as one-hot rows: ``g(x, context=F.one_hot(labels, 10).to(x.dtype))``.
 
     Raises:
         ValueError: an odd C at an odd resolution, a resolution that the UNet cannot halve often
