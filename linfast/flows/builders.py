@@ -215,7 +215,7 @@ def _image_conditioner(
     resolution: tuple[int, int],
     width: int,
     activation: str,
-    given: Mapping[str, int],
+    given: Mapping[str, Any],
     unet_options: Mapping[str, Any] | None,
 ) -> Callable[[int, int], nn.Module]:
     """A function (channels in, channels out) -> conditioner for images of this resolution.

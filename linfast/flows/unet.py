@@ -30,7 +30,8 @@ class UNet(nn.Module):
 
     A network of three linear layers maps [embedded t | context] to the biases of the blocks' first convolutions.
     It runs once where all samples share both (t is a number or 0-d, and the context [1, n]); a t [B] or a context
-    [B, n] costs one more addition per block. Second derivatives of its attention are computed by torch's plain operations.
+    [B, n] costs one more addition per block. Second derivatives of its attention are computed by torch's plain
+    operations.
 
     Args:
         channels_in, channels_out: C_in and C_out.

@@ -37,8 +37,8 @@ def _given() -> tuple[Tensor, Tensor]:
 def test_a_convolutional_network_adds_a_linear_map_of_time_and_context(time_features: int) -> None:
     net = perturb(lf.ConvNet(2, 3, 5, time_features=time_features, context_features=C), 0.3).double()
     (x, context), t = _given(), torch.linspace(0, 1, B).double()
-    given = torch.cat((t[:, None].sin(), (t[:, None] / 10000).sin(), t[:, None].cos(), (t[:, None] / 10000).cos()), 1)
-    given = torch.cat((given[:, :time_features], context), 1)
+    angles = torch.stack((t, t / 10000), 1)
+    given = torch.cat((angles.sin(), angles.cos())[: time_features // 2] + (context,), 1)
     first, second, last = net.layers
     h = first(x) + (given @ net.time_shift.weight.mT + net.time_shift.bias)[..., None, None]
     expected = last(nn.functional.silu(second(nn.functional.silu(h))))
@@ -75,7 +75,8 @@ def test_what_all_samples_share_is_computed_for_one_row(kind: str) -> None:
             shift = module.time if isinstance(module, lf.UNet) else module.time_shift
             shift.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     row, times = torch.randn(1, C).double(), torch.linspace(0, 1, B).double()
-    for context, t, rows in [(row, 0.3, 1), (row.expand(B, -1), 0.3, 1), (row, times, B), (row.repeat(B, 1), 0.3, B)]:
+    shared, own = row.expand(B, -1), row.repeat(B, 1)
+    for context, t, rows in [(row, 0.3, 1), (shared, 0.3, 1), (row, times, B), (own, 0.3, B)]:
         seen.clear()
         g(x, context=context, t=t)
         assert seen == [rows] * 2
