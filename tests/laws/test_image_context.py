@@ -38,7 +38,8 @@ def test_a_convolutional_network_adds_a_linear_map_of_time_and_context(time_feat
     net = perturb(lf.ConvNet(2, 3, 5, time_features=time_features, context_features=C), 0.3).double()
     (x, context), t = _given(), torch.linspace(0, 1, B).double()
     angles = torch.stack((t, t / 10000), 1)
-    given = torch.cat((angles.sin(), angles.cos())[: time_features // 2] + (context,), 1)
+    embedded = torch.cat((angles.sin(), angles.cos()), 1)[:, :time_features]
+    given = torch.cat((embedded, context), 1)
     first, second, last = net.layers
     h = first(x) + (given @ net.time_shift.weight.mT + net.time_shift.bias)[..., None, None]
     expected = last(nn.functional.silu(second(nn.functional.silu(h))))
