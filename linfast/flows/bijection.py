@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dense, check_kind, check_like
+from ..hub import HubMethods
 from ..ranges import range_
 from .undo import Context, Made, Outputs, Undone, undo
 
 _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inverse_and_log_det"}
 
 
-class Bijection(nn.Module):
+class Bijection(nn.Module, HubMethods):
     """Base class. Subclasses set ``features`` and supply ``_transform``.
 
     Attributes:
