@@ -150,9 +150,10 @@ class HubMethods:
         options = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
         options |= {"commit_message": commit_message, "ignore_patterns": kept}
         with tempfile.TemporaryDirectory() as folder:  # it is saved there before a repository is made
-            return model.save_pretrained(
+            commit = model.save_pretrained(
                 folder, push_to_hub=True, repo_id=repo_id, **_described(self, repo_id), **options
             )
+        return commit.commit_url
 
 
 @functools.cache

@@ -13,20 +13,17 @@ from typing import Any
 
 import pytest
 
-OWNER, TOKEN = "someone", "hf_of_the_test"
+OWNER = "someone"
 
 
 class StandIn:
-    """``repositories``: the files of each, by name; ``requests``: (method, path) of each request, in order."""
+    """``repositories``: each one's files, by name; ``requests``: (method, path); ``created``; ``tokens`` that were sent."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
         self.created: list[dict[str, Any]] = []
         self.tokens: set[str | None] = set()
-
-    def files(self, repo_id: str) -> dict[str, bytes] | None:
-        return self.repositories.get(repo_id)
 
     def post(self, path: str, body: bytes) -> Any:
         if path == "/api/repos/create":
@@ -54,7 +51,7 @@ class StandIn:
 @contextlib.contextmanager
 def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     """The stand-in, which huggingface_hub's requests go to inside the block."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     hub = StandIn()
 
@@ -81,7 +78,7 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
             if path == "/api/whoami-v2":
                 return self.send(200, json.dumps({"type": "user", "name": OWNER}).encode())
             name, _, file = path[1:].partition("/resolve/")
-            files, (revision, _, file) = hub.files(name), file.partition("/")
+            files, (revision, _, file) = hub.repositories.get(name), file.partition("/")
             if files is None or file not in files:
                 code = "RepoNotFound" if files is None else "EntryNotFound"
                 return self.send(404, b"", {"X-Error-Code": code, "X-Repo-Commit": "0" * 40})
@@ -102,7 +99,9 @@ def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    for module in (constants, file_download):  # before version 1.0 a module has a copy
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     try:
         yield hub
     finally:
