@@ -6,6 +6,7 @@ linear systems, and the program need not solve them at every call.
 
 from __future__ import annotations
 
+import copy
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,8 @@ def export(
     rows = {0: Dim("batch")}
     sizes = {"x": rows} | {key: rows if _per_sample(value, x) else None for key, value in further.items()}
     with torch.no_grad(), backend("reference"):
-        module = traced(_Method(model, method), (x,), further, dynamic_shapes=sizes).module(check_guards=False)
+        called = _Method(copy.deepcopy(model), method)  # a program shares the weights of what it was traced from
+        module = traced(called, (x,), further, dynamic_shapes=sizes).module(check_guards=False)
         compute_constants(module)
         return traced(module, (x,), further, dynamic_shapes=sizes)
 
