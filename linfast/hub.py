@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from ._version import __version__
 from .checks import check_path
@@ -27,8 +26,8 @@ __all__ = ["HubMethods"]
 
 _Model = TypeVar("_Model", bound="HubMethods")
 
-save: Callable[[nn.Module, Path], None]  # of linfast.io, which sets both: it belongs to a later layer
-load: Callable[[Path, torch.device], Any]
+files: dict[str, Callable[..., Any]] = {}
+"""``save`` and ``load`` of linfast.io, which enters them here: it belongs to a later layer."""
 
 _MODEL, _CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
 _CARD_TEXT = """---
@@ -147,7 +146,7 @@ class HubMethods:
         if "/" not in repo_id:
             repo_id = f"{api.whoami()['name']}/{repo_id}"
         kept = [_CARD] if api.file_exists(repo_id, _CARD, revision=branch) else None
-        options = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
+        options: dict[str, Any] = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
         options |= {"commit_message": commit_message, "ignore_patterns": kept}
         with tempfile.TemporaryDirectory() as folder:  # it is saved there before a repository is made
             commit = model.save_pretrained(
@@ -169,12 +168,13 @@ def _mixin() -> Any:
             self.linfast_model = linfast_model
 
         def _save_pretrained(self, save_directory: Path) -> None:
-            save(self.linfast_model, save_directory / _MODEL)
+            files["save"](self.linfast_model, save_directory / _MODEL)
 
         @classmethod
-        def _from_pretrained(cls, *, model_id: str, device: torch.device, **where: Any) -> Pretrained:  # type: ignore[override]
-            path = Path(model_id) / _MODEL if os.path.isdir(model_id) else hf_hub_download(model_id, _MODEL, **where)
-            return cls(load(Path(path), device))
+        def _from_pretrained(cls, *, model_id: str, device: torch.device, **where: Any) -> Any:  # type: ignore[override]
+            folder = Path(model_id)
+            path = folder / _MODEL if folder.is_dir() else hf_hub_download(model_id, _MODEL, **where)
+            return cls(files["load"](path, device))
 
     return Pretrained
 

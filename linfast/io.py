@@ -123,7 +123,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
         raise ValueError(f"{path}: {why}") from error
 
 
-hub.save, hub.load = save, load
+hub.files.update(save=save, load=load)
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A server that stands in for the Hugging Face Hub: it takes the requests of huggingface_hub and keeps the files."""
+"""A server that stands in for the Hugging Face Hub: it answers huggingface_hub and keeps the files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OWNER = "someone"
 
 
 class StandIn:
-    """``repositories``: each one's files, by name; ``requests``: (method, path); ``created``; ``tokens`` that were sent."""
+    """``repositories``: each one's files, by name; ``created`` and ``requests`` (method, path), as sent."""
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
@@ -34,7 +34,7 @@ class StandIn:
             return {"url": f"https://huggingface.co/{name}", "id": name}
         if path == "/api/validate-yaml":
             return {"errors": [], "warnings": []}
-        _, _, _, owner, name, what, revision = path.split("/")
+        _, _, _, owner, name, what, _ = path.split("/")
         if what == "preupload":
             return {"files": [
                 {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
@@ -45,7 +45,11 @@ class StandIn:
                 content = line["value"]["content"]
                 self.repositories[f"{owner}/{name}"][line["value"]["path"]] = base64.b64decode(content)
         commit = hashlib.sha1(body).hexdigest()
-        return {"success": True, "commitOid": commit, "commitUrl": f"https://huggingface.co/{owner}/{name}/commit/{commit}"}
+        return {
+            "success": True,
+            "commitOid": commit,
+            "commitUrl": f"https://huggingface.co/{owner}/{name}/commit/{commit}",
+        }
 
 
 @contextlib.contextmanager

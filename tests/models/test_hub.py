@@ -121,7 +121,7 @@ def test_wrong_sources(tmp_path: Path) -> None:
         lf.Flow.from_pretrained(tmp_path)
     (tmp_path / "f.safetensors").write_bytes(b"x")
     for source in (str(tmp_path / "f.safetensors"), tmp_path / "f.safetensors", tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match="directory_or_repo_id: .* is not a directory"):
+        with pytest.raises(FileNotFoundError, match=r"directory_or_repo_id: .* is not a directory"):
             lf.Flow.from_pretrained(source)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x02}q\x00no")
     with pytest.raises(ValueError, match="not a safetensors file"):
@@ -173,9 +173,7 @@ def test_a_pushed_model_comes_back(name: str, hub: StandIn, tmp_path: Path) -> N
     assert ("GET", f"/{OWNER}/m/resolve/v1/model.safetensors") in hub.requests
     assert hub.tokens == {"Bearer hf_mine"}
     hub.repositories.clear()
-    _assert_same(
-        model, cls.from_pretrained(f"{OWNER}/m", cache_dir=tmp_path, revision="v1", local_files_only=True)
-    )
+    _assert_same(model, cls.from_pretrained(f"{OWNER}/m", cache_dir=tmp_path, revision="v1", local_files_only=True))
 
 
 def test_a_second_push_keeps_the_card_of_the_repository(hub: StandIn) -> None:
