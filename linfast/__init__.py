@@ -7,6 +7,7 @@ from .compat.from_reference import from_reference
 from .density import Density
 from .dispatch import backend
 from .explain import explain, plan
+from .export import export
 from .flows import (
     MLP,
     ActNorm,
@@ -87,6 +88,7 @@ __all__ = [
     "collapse",
     "coupling_flow",
     "explain",
+    "export",
     "freeze",
     "from_reference",
     "generator",

@@ -23,12 +23,13 @@ from .dispatch import capturing, has_values
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
 from .flows.flow import Flow
+from .hub import HubMethods
 
 _LEAST_ROWS = 16  # batches of fewer samples do not tell the scale of the data
 _FARTHEST_MEAN, _STDS = 10.0, (0.1, 10.0)
 
 
-class Density(nn.Module):
+class Density(nn.Module, HubMethods):
     """The density p(x) of a flow; calling it returns log p(x), so that DDP and torch.compile apply.
 
         p = lf.Density(lf.coupling_flow(2)).standardize(x_train)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import state
+from . import hub, state
 from .blueprint import DTYPES, STORED_AS, build, describe, register, size_list
 from .checks import check_kind, check_path
 from .dispatch import usable_device
@@ -126,6 +126,9 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     except (RecursionError, ValueError) as error:
         why = error if isinstance(error, ValueError) else "its architecture is nested too deeply"
         raise ValueError(f"{path}: {why}") from error
+
+
+hub.files.update(save=save, load=load)
 
 
 def _loaded(path: Path, device: torch.device) -> nn.Module:

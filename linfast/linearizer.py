@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .checks import check_count, check_dense, check_time, said_of
 from .flows.bijection import same_space
+from .hub import HubMethods
 from .match import match_linearizer
 from .operators.base import LatentOperator
 from .operators.low_rank import LowRank
@@ -20,7 +21,7 @@ from .space import InducedSpace, check_invertible, decode_latents
 __all__ = ["Linearizer", "LinearizerSVD"]
 
 
-class Linearizer(nn.Module):
+class Linearizer(nn.Module, HubMethods):
     """f(x) = g_y^{-1}(A g_x(x)), batches x [B, *shape_x] to [B, *shape_y].
 
     g_x induces a vector space on the x side and g_y one on the y side (see ``InducedSpace``). Between them f is

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dense, check_kind, check_like
+from ..hub import HubMethods
 from ..ranges import range_
 from .undo import Context, Made, Outputs, Undone, undo
 
 _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inverse_and_log_det"}
 
 
-class Bijection(nn.Module):
+class Bijection(nn.Module, HubMethods):
     """An invertible map g of data x [B, C, ...] to noise z of as many elements per sample: the base class.
 
     Context keywords, ``t=`` and ``context=``, go to the conditioners. A subclass sets ``features`` and implements

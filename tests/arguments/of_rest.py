@@ -127,6 +127,9 @@ REST: dict[str, Good] = {
         lambda: (lf.explain, {"model": timed(), "x": x(3, 4), "t": 0.5}), {"x": "b D"}, allowed=NOTHING_COMPUTED
     ),
     "save": Good(lambda: (lf.save, {"model": lf.Dense(2), "path": _saved()}), allowed={"path": {"a string"}}),
+    "HubMethods.save_pretrained": Good(
+        lambda: (flow().save_pretrained, {"directory": "saved"}), allowed={"directory": {"a string"}}
+    ),
     "load": Good(lambda: (lf.load, {"path": _saved(), "device": "cpu"}), allowed={"path": {"a string"}}),
     "register": Good(lambda: (io.register, {"cls": type(f"Anew{next(_COUNT)}", (nn.Module,), {})})),
     "from_reference": Good(lambda: (lf.from_reference, {"linearizer": _reference(), "memory": "auto"})),
