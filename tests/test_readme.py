@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .accelerate.zoo import require
+
 _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
 _EXAMPLES = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", _README, re.DOTALL)
@@ -33,6 +35,7 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str,
 
 
 def test_a_model_of_another_library(examples: list[tuple[str, str]]) -> None:
+    require("nflows")
     code, output = examples[0]
     printed, names = _run(code)
     assert printed == output
@@ -43,9 +46,9 @@ def test_a_density(examples: list[tuple[str, str]], tmp_path: Path) -> None:
     code, _ = examples[1]
     assert "range(1000)" in code
     torch.manual_seed(0)
-    _, names = _run(code.replace("range(1000)", "range(100)"))
+    _, names = _run(code.replace("range(1000)", "range(20)"))
     assert names["samples"].shape == (1000, 2)
-    assert names["log_density"].mean() > -1.2  # of a normal distribution with the moons' mean and covariance: -1.7
+    assert names["log_density"].mean() > -1.5  # of the best normal distribution: -1.9
     loaded = names["lf"].load(tmp_path / "moons.safetensors")
     assert torch.equal(loaded.log_prob(names["x"]), names["log_density"])
 
