@@ -1,9 +1,9 @@
-"""``python -m linfast.bench.measurements``: write the benchmark tables and plots of the documentation from bench/results/.
+"""``python -m linfast.bench.measurements``: write the tables and plots of docs/measurements.md from bench/results/.
 
 Every ``<!-- bench:NAME -->`` ... ``<!-- /bench -->`` in docs/measurements.md gets the short table of
 bench/results/NAME.jsonl, and links to its plots, which are drawn into docs/bench/NAME/. The picture of README.md,
-docs/bench/gains.png, is drawn from bench/results/gains.tsv. With ``--check`` nothing is written, and the exit status
-is 1 where the page would change.
+docs/bench/gains.png, is drawn from bench/results/gains.tsv. With ``--check`` nothing is written, and the exit
+status is 1 where the page would change.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ class Gain:
 
 
 def draw_gains(gains: Sequence[Gain], path: Path) -> None:
-    """A bar per gain: the accelerated time as a share of the library's own. White behind, for pages in dark mode."""
+    """A bar per gain: its time after as a share of that before. The background is white, also on dark pages."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -102,7 +102,9 @@ def draw_gains(gains: Sequence[Gain], path: Path) -> None:
         axes.set(xlim=(0, 1.235), ylim=(len(gains) - 0.5, -0.75), yticks=[])
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25%", "50%", "75%", "100%"])
         axes.spines[:].set_visible(False)
-        axes.set_xlabel("time after lf.accelerate(model), as a share of the time of the library's own code (grey)", x=0.405)
+        axes.set_xlabel(
+            "time after lf.accelerate(model), as a share of the time of the library's own code (grey)", x=0.405
+        )
         figure.savefig(path, dpi=150)
         pyplot.close(figure)
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)  # a quarter of the bytes
