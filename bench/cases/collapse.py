@@ -21,7 +21,7 @@ def _build(size: Size, options: Options) -> Problem:
 
     "dense" forms the exact matrix of each step and multiplies them: one N x N product per step. The reference
     repository needs as many, but forms its matrices without products, by a formula that is not exact. For large N
-    "dense" is left out: README says how long its products would take.
+    "dense" is left out: docs/measurements.md says how long its products would take.
     """
     batch, n, rank, steps = ints(size, "batch", "N", "r", "steps")
     torch.manual_seed(0)

@@ -1,19 +1,22 @@
-"""Plots, profiles, the short table, the README's figures."""
+"""Plots, profiles, the short table, the documentation's figures."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
-from linfast.bench.plots import draw
+from linfast.bench import measurements
+from linfast.bench.plots import draw, draw_gains
 from linfast.bench.report import json_line, parse, short_table
 from linfast.bench.run import main
 
 from .test_run import TINY
 from .toy import run
 
+ROOT = Path(__file__).parent.parent.parent
 ENVIRONMENT = {"device": "here", "copy_bytes_per_s": 1e10, "matmul_float32_per_s": 1e11, "date": "2026-01-01"}
 
 
@@ -62,26 +65,43 @@ def test_the_short_table_has_a_line_a_size() -> None:
     assert len([line for line in text.splitlines() if line.startswith("coupling_flow")]) == 3
 
 
-# The README's figures.
+# The documentation's figures.
 
 
-def test_the_readme_is_only_changed_between_its_marks(tmp_path: Path) -> None:
-    from linfast.bench.readme import main as readme
-
+def test_the_page_of_measurements_is_only_changed_between_its_marks(tmp_path: Path) -> None:
     (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
     lines = [json_line(result, ENVIRONMENT) for result in _results()]
     (tmp_path / "bench/results/here.jsonl").write_text("\n".join(lines))
-    path = tmp_path / "README.md"
-    path.write_text("before\n<!-- bench:here -->\nold\n<!-- /bench -->\nafter\n")
+    page = tmp_path / "docs/measurements.md"
+    page.write_text("before\n<!-- bench:here -->\nold\n<!-- /bench -->\nafter\n")
     root = ["--root", str(tmp_path)]
-    assert readme([*root, "--check"]) == 1
-    assert readme(root) == 0
-    text = path.read_text()
-    assert text.startswith("before\n<!-- bench:here -->\n```\ndevice here")
+    assert measurements.main([*root, "--check"]) == 1
+    assert measurements.main(root) == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench:here -->\n```text\ndevice here")
     assert text.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in text
     assert len([line for line in text.splitlines() if line.startswith("coupling_flow")]) == 3
     for name in ("throughput", "roofline", "memory"):
-        assert f"docs/bench/here/{name}.png" in text
+        assert f"(bench/here/{name}.png)" in text
         assert (tmp_path / f"docs/bench/here/{name}.png").exists()
-    assert readme([*root, "--check"]) == 0
+    assert measurements.main([*root, "--check"]) == 0
+
+
+def test_the_page_of_measurements_is_up_to_date() -> None:
+    assert measurements.main(["--root", str(ROOT), "--check"]) == 0
+
+
+def test_the_picture_of_gains_is_of_times_in_the_tables() -> None:
+    gains = measurements.gains(ROOT / "bench/results/gains.tsv")
+    assert len(gains) > 5
+    for gain in gains:
+        rows = (line for line in (ROOT / "docs" / gain.page).read_text().splitlines() if line.startswith("|"))
+        times = re.compile(rf"\b{re.escape(gain.before)}\D+{re.escape(gain.after)} ?({gain.unit})? ?[,|]")
+        assert any(times.search(row) for row in rows), gain
+
+
+def test_the_picture_of_gains_is_drawn(tmp_path: Path) -> None:
+    draw_gains(measurements.gains(ROOT / "bench/results/gains.tsv"), tmp_path / "gains.png")
+    assert (tmp_path / "gains.png").read_bytes().startswith(b"\x89PNG")
