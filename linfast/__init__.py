@@ -4,6 +4,7 @@ from . import _command, ops  # noqa: F401  # _command is first, so that an inter
 from ._version import __version__
 from .accelerate import accelerate, register_adapter, restore
 from .compat.from_reference import from_reference
+from .density import Density
 from .dispatch import backend
 from .explain import explain, plan
 from .flows import (
@@ -45,6 +46,7 @@ from .operators import (
 from .sampling import collapse, generator, invert, sample, sample_stream
 from .scale_maps import ScaleMap
 from .space import InducedSpace
+from .transform import FlowTransform
 
 __all__ = [
     "MLP",
@@ -54,9 +56,11 @@ __all__ = [
     "Bijection",
     "ConvNet",
     "Dense",
+    "Density",
     "DepthwiseConv",
     "Diagonal",
     "Flow",
+    "FlowTransform",
     "Householder",
     "InducedSpace",
     "Inverse",

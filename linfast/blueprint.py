@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import flows, operators
+from .base_distributions import FixedBase
+from .density import Density
 from .linearizer import Linearizer
 from .operators import base
 from .scale_maps import ScaleMap
@@ -62,9 +64,15 @@ def register(cls: _Class) -> _Class:
 
 
 _ABSTRACT = (flows.Bijection, operators.LatentOperator)
+# The arguments that are kept of a class of torch, whose constructor has others that are not kept as attributes.
+_ARGUMENTS: dict[type, tuple[str, ...]] = {
+    nn.Embedding: (
+        "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
+    ),
+}  # fmt: skip
 _LAZY = (base.Product, base.Scaled, base.Sum, base.Transposed)
 _named = [getattr(package, name) for package in (flows, operators) for name in package.__all__]
-for _cls in (Linearizer, *_LAZY, *_named):
+for _cls in (Linearizer, Density, FixedBase, nn.Embedding, *_LAZY, *_named):
     if isinstance(_cls, type) and issubclass(_cls, nn.Module) and _cls not in _ABSTRACT:
         register(_cls)
 
@@ -105,8 +113,9 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
     # The signature of __init__, not of the class: a module without its own constructor takes no arguments.
     own = cls.__init__ is not nn.Module.__init__
+    names = _ARGUMENTS.get(cls) or (list(inspect.signature(cls.__init__).parameters)[1:] if own else ())
     arguments = {}
-    for name in list(inspect.signature(cls.__init__).parameters)[1:] if own else ():
+    for name in names:
         if not hasattr(module, renamed.get(name, name)):
             raise TypeError(f"cannot save a {kind}: it keeps no attribute {name!r}, an argument of its constructor")
         arguments[name] = describe(getattr(module, renamed.get(name, name)), seen, f"{kind}: {name}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -70,6 +70,31 @@ class Flow(Bijection):
     @property
     def features_out(self) -> int | None:
         return self._features_out
+
+    def __len__(self) -> int:
+        """The number of bijections."""
+        return len(self.bijections)
+
+    def __iter__(self) -> Iterator[Bijection]:
+        return iter(self.bijections)  # type: ignore[arg-type]
+
+    @overload
+    def __getitem__(self, index: int) -> Bijection: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Flow: ...
+
+    def __getitem__(self, index: int | slice) -> Bijection | Flow:
+        """The bijection at ``index``; for a slice, a Flow of these very bijections."""
+        if not isinstance(index, slice):
+            return self.bijections[index]  # type: ignore[return-value]
+        chosen: list[Any] = list(self.bijections)[index]
+        features = chosen[0].features if chosen else self.features
+        same = not chosen or chosen[0] is self.bijections[0] or (self.shape is not None and len(self.shape) == 1)
+        return Flow(chosen, features, self.shape if same and features == self.features else None, self.memory)
+
+    def __bool__(self) -> bool:
+        return True  # as any module, and although an empty flow has length 0
 
     def _transform(self, x: Tensor, context: Context, inverse: bool, log_det: bool) -> Outputs:
         if not len(self.bijections):

@@ -1,0 +1,241 @@
+"""Density: the probability density of a normalizing flow, to evaluate, to fit and to sample.
+
+    log p(x) = log p_base(g(x)) + log|det dg/dx|            x = g^{-1}(z) with z ~ p_base
+
+g maps data x [B, ...] to noise z of as many elements. Logarithms are natural, so that log p is in nats.
+Source: Rezende and Mohamed, "Variational Inference with Normalizing Flows" (arXiv 1505.05770).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from .base_distributions import full_shape, kept
+from .checks import check_count, check_counts, check_dense, check_kind
+from .dispatch import capturing, has_values
+from .flows.actnorm import ActNorm
+from .flows.bijection import Bijection
+from .flows.flow import Flow
+
+_LEAST_ROWS = 16  # batches of fewer samples do not tell the scale of the data
+_FARTHEST_MEAN, _STDS = 10.0, (0.1, 10.0)
+
+
+class Density(nn.Module):
+    """The density p(x) of a flow; calling it returns log p(x), so that DDP and torch.compile apply.
+
+        p = lf.Density(lf.coupling_flow(2)).standardize(x_train)
+        loss = -p(x).mean()                                 # maximum likelihood, in nats per sample
+        x = p.sample(1000)
+
+    Args:
+        flow: g, a Bijection from data x to noise z. Flows made with ``context_features`` take a context.
+        base: the distribution of z. None: standard normal. A torch.distributions distribution over one z, such as
+            ``Independent(Laplace(zeros(2), ones(2)), 1)``; for independent values also a batch of distributions, or
+            one for all. Its tensors move with the module and are not trained. To train them, give a module whose
+            ``forward()`` returns the distribution.
+        embedding: a module that computes the flow's context [B, C] from what is passed as ``context``: labels
+            [B] with ``torch.nn.Embedding(10, 16)``, or images with a network.
+        shape: the shape of one z, by default that of the base or of the flow's data.
+
+    ``context`` is [B, C] with one row per sample, or [C] or [1, C] for all samples. With an embedding it is what
+    the embedding takes: B rows, or one for all samples; a whole number is one label.
+
+    Raises:
+        TypeError: flow is not a Bijection; base is neither a distribution nor a module; embedding is not a module.
+        ValueError: the base does not fit the shape, or has tensors that require a gradient.
+    """
+
+    def __init__(
+        self,
+        flow: Bijection,
+        base: Distribution | nn.Module | None = None,
+        *,
+        embedding: nn.Module | None = None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__()
+        check_kind("flow", flow, Bijection)
+        check_kind("base", base, (Distribution, nn.Module, type(None)))
+        check_kind("embedding", embedding, (nn.Module, type(None)))
+        self.flow = flow
+        self.base = kept(base) if isinstance(base, Distribution) else base
+        self.embedding = embedding
+        self.shape = _shape(flow, base, shape)
+        self._scale_is_known = _begins_with_actnorm(flow)
+
+    def forward(self, x: Tensor, context: Any = None) -> Tensor:
+        """``log_prob(x, context)``."""
+        return self.log_prob(x, context)
+
+    def log_prob(self, x: Tensor, context: Any = None) -> Tensor:
+        """log p(x | context) [B] in nats, of x [B, ...] in the units of the data; in fp32 or wider.
+
+        Warns once, in training mode, where the first batch is far from unit scale (see ``standardize``).
+
+        Raises:
+            TypeError, ValueError: x or the context is missing, not expected, or of another shape, dtype or device.
+        """
+        if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
+            self._check_scale(x)
+        z, log_det = self.flow.forward_and_log_det(x, **self._given(context))
+        return self._base_log_prob(z) + log_det
+
+    @torch.no_grad()
+    def sample(self, n: int, context: Any = None) -> Tensor:
+        """n samples [n, ...] of p(x | context), without gradients. ``context``: one for all, or n of them.
+
+        Noise is drawn from torch's generator of the module's device: ``torch.manual_seed`` repeats it.
+
+        Raises:
+            TypeError, ValueError: n is not a whole number; the context is missing, not expected, or of another
+                shape; the shape of z is not known.
+        """
+        return self.flow.inverse(self._noise(n, reparametrised=False), **self._given(context))
+
+    def rsample(self, n: int, context: Any = None) -> Tensor:
+        """As ``sample``, with the samples' gradients with respect to the parameters and the context.
+
+        Raises:
+            NotImplementedError: the base has no ``rsample``.
+        """
+        return self.flow.inverse(self._noise(n, reparametrised=True), **self._given(context))
+
+    def sample_and_log_prob(self, n: int, context: Any = None) -> tuple[Tensor, Tensor]:
+        """(x [n, ...], log p(x | context) [n]): samples as in ``rsample``, and their densities, from one pass.
+
+        With gradients, for variational inference: E[log p(x) - log target(x)] is the Kullback-Leibler divergence.
+        """
+        z = self._noise(n, reparametrised=True)
+        x, log_det = self.flow.inverse_and_log_det(z, **self._given(context))
+        return x, self._base_log_prob(z) - log_det
+
+    def standardize(self, x: Tensor) -> Density:
+        """Shift and scale data to mean 0 and standard deviation 1 per feature (channel), by those of x [N, ...].
+
+        The first layer of ``flow`` is then an ActNorm with these values, which is not trained. ``log_prob`` and
+        samples stay in the units of the data. Returns the density itself.
+
+        Raises:
+            ValueError: a feature that is constant in x, or values that are not finite.
+            RuntimeError: the flow begins with an ActNorm already.
+        """
+        if _begins_with_actnorm(self.flow):
+            raise RuntimeError("the flow begins with an ActNorm already, which sets the scale of the data")
+        self.flow._check("x", x, self.flow.features)
+        numbers = torch.finfo(x.dtype)
+        layer = ActNorm(x.shape[1], min_std=numbers.tiny).to(x).requires_grad_(False)
+        layer.initialize(x)
+        constant = (-layer.log_scale).exp() <= numbers.eps * layer.bias.abs() + numbers.tiny
+        if features := constant.nonzero().flatten().tolist():
+            raise ValueError(
+                f"x {tuple(x.shape)} is constant in features {features[:9]}: leave them out, or add noise"
+            )
+        layers, memory = (list(self.flow), self.flow.memory) if type(self.flow) is Flow else ([self.flow], "auto")
+        flow = Flow([layer, *layers], self.flow.features, self.flow.shape, memory)
+        flow.training = layer.training = self.flow.training
+        self.flow, self._scale_is_known = flow, True
+        return self
+
+    def extra_repr(self) -> str:
+        return f"shape={self.shape}"
+
+    def _given(self, context: Any) -> dict[str, Tensor]:
+        """The flow's keyword arguments."""
+        if context is None:
+            if self.embedding is not None:
+                raise ValueError("context must be given: this density has an embedding; got None")
+            return {}
+        if self.embedding is not None:
+            if isinstance(context, int):
+                context = torch.tensor([check_count("context", context, least=0)], device=self._like().device)
+            context = self.embedding(
+                context[None] if isinstance(context, Tensor) and context.ndim == 0 else context
+            )
+        check_dense("context", context)
+        return {"context": context[None] if context.ndim == 1 else context}
+
+    def _like(self) -> Tensor:
+        """A tensor with the dtype and the device of the module."""
+        tensors = (*self.flow.parameters(), *self.parameters(), *self.buffers())
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        wide = z.to(torch.promote_types(z.dtype, torch.float32))
+        if self.base is not None:
+            values = self.base().log_prob(wide)
+        else:
+            values = -0.5 * (wide.square() + math.log(2 * math.pi))
+        if values.shape[0] != z.shape[0] or values.ndim > z.ndim:
+            raise ValueError(
+                f"base gives log_prob {tuple(values.shape)} for z {tuple(z.shape)}: it is not over one z"
+            )
+        return values.flatten(1).sum(1) if values.ndim > 1 else values
+
+    def _noise(self, n: int, reparametrised: bool) -> Tensor:
+        """n samples z [n, ...] of the base."""
+        n, like = check_count("n", n, least=0), self._like()
+        if self.shape is None:
+            raise ValueError("the shape of z is not known: pass it to Density, as shape=(channels, height, width)")
+        if self.base is None:
+            return torch.randn(n, *self.shape, dtype=like.dtype, device=like.device)
+        base = self.base()
+        if reparametrised and not base.has_rsample:
+            raise NotImplementedError(
+                f"the base, {type(base).__name__}, has no rsample: its samples have no gradients"
+            )
+        missing = len(self.shape) - len(base.event_shape)
+        if missing < 0:
+            raise ValueError(
+                f"base is over values of shape {tuple(base.event_shape)}, and one z has shape {self.shape}"
+            )
+        base = base.expand(self.shape[:missing]) if tuple(base.batch_shape) != self.shape[:missing] else base
+        return (base.rsample if reparametrised else base.sample)((n,)).to(like.dtype)
+
+    def _check_scale(self, x: Tensor) -> None:
+        """Warn where x is far from unit scale. It reads x on the host, once."""
+        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] < _LEAST_ROWS or not has_values(x) or capturing(x):
+            return
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return
+        self._scale_is_known = True
+        values = x.detach().transpose(0, 1).flatten(1).double()
+        mean, std = values.mean(1), values.std(1)
+        far = (mean.abs() > _FARTHEST_MEAN) | (std < _STDS[0]) | (std > _STDS[1])
+        for i in far.nonzero().flatten().tolist()[:1]:
+            warnings.warn(
+                f"Density: the data are far from mean 0 and standard deviation 1 (feature {i}: mean {mean[i]:.4g}, "
+                f"deviation {std[i]:.4g}) and would fit slowly: call p.standardize(x) with the training data",
+                stacklevel=3,
+            )
+
+
+def _begins_with_actnorm(flow: Bijection) -> bool:
+    return isinstance(flow, Flow) and len(flow) > 0 and isinstance(flow[0], ActNorm)
+
+
+def _shape(flow: Bijection, base: Any, shape: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shape of one z, from the argument, the base or the flow; ValueError where the base does not fit it."""
+    of_base = full_shape(base) if isinstance(base, Distribution) else ()
+    if shape is not None:
+        found: tuple[int, ...] | None = check_counts("shape", shape)
+    elif flow.shape is not None and flow.features_out == flow.features:
+        found = tuple(flow.shape)
+    elif of_base:
+        return of_base
+    else:
+        found = None if flow.features_out is None else (flow.features_out,)
+    if found is not None and of_base:
+        event = len(base.event_shape)
+        same_event = event == 0 or of_base[-event:] == found[-event:]
+        same_batch = all(mine in (1, theirs) for mine, theirs in zip(of_base[::-1], found[::-1], strict=False))
+        if len(of_base) > len(found) or not same_event or not same_batch:
+            raise ValueError(f"base is over values of shape {of_base}, and one z has shape {found}")
+    return found

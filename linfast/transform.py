@@ -1,0 +1,84 @@
+"""FlowTransform: a bijection as a torch.distributions Transform, for code that composes distributions.
+
+y = g(x),   log|det dy/dx| of the Jacobian, for x [..., *event]: any number of batch dimensions, or none
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributions import Transform, constraints
+
+from .checks import check_kind
+from .flows.bijection import Bijection
+
+
+class FlowTransform(Transform):
+    """A view of a Bijection g as a transform from data x to noise z. Its ``.inv`` maps noise to data:
+
+        noise = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), torch.ones(2)), 1)
+        p = torch.distributions.TransformedDistribution(noise, [lf.FlowTransform(g).inv])
+
+    ``p.log_prob(x)`` and ``p.rsample()`` have gradients. The parameters belong to g: train ``g.parameters()``, and
+    in Pyro register them with ``pyro.module("g", g)``. For a flow with a context, pass ``g.at(context=c)``.
+
+    Args:
+        flow: g, a Bijection whose z has the shape of x.
+        cache_size: 1 (the default) keeps the last pair (x, z), so that the density of a sample needs no inversion;
+            the flow must not be changed between the two. 0 keeps none.
+
+    Raises:
+        TypeError: flow is not a Bijection.
+        ValueError: z has another shape than x.
+    """
+
+    bijective = True
+
+    def __init__(self, flow: Bijection, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        check_kind("flow", flow, Bijection)
+        if flow.features_out != flow.features:
+            raise ValueError(
+                f"flow must keep the shape of x; got {flow.features} features in, {flow.features_out} out"
+            )
+        self.flow = flow
+        self._event = 1 if flow.shape is None else len(flow.shape)
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # x, z and log|det dz/dx|
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        return constraints.independent(constraints.real, self._event)
+
+    codomain = domain
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        return self if cache_size == self._cache_size else FlowTransform(self.flow, cache_size)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """log|det dg/dx| [...] at x; y = g(x)."""
+        last = self._last
+        if last is not None and last[0] is x and last[1] is y:
+            return last[2]
+        return self.flow.forward_and_log_det(self._batch(x))[1].reshape(x.shape[: x.ndim - self._event])
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self._computed(x, inverse=False)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self._computed(y, inverse=True)
+
+    def _computed(self, x: Tensor, inverse: bool) -> Tensor:
+        method = self.flow.inverse_and_log_det if inverse else self.flow.forward_and_log_det
+        y, log_det = method(self._batch(x))
+        y, log_det = y.reshape(x.shape), log_det.reshape(x.shape[: x.ndim - self._event])
+        if self._cache_size:
+            self._last = (y, x, -log_det) if inverse else (x, y, log_det)
+        return y
+
+    def _batch(self, x: Tensor) -> Tensor:
+        """x [..., *event] as [B, *event]."""
+        if x.ndim < self._event:
+            raise ValueError(f"x must have at least {self._event} dimensions; got {tuple(x.shape)}")
+        return x.reshape(-1, *x.shape[x.ndim - self._event :])
+
+    def __repr__(self) -> str:
+        return f"FlowTransform({type(self.flow).__name__})"
