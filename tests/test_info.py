@@ -19,7 +19,11 @@ from linfast.cli import main
 
 info = importlib.import_module("linfast.info")
 
-_FIRST = {"GPU": "torch finds none", "GPU driver": "none found", "backend": "auto; on cpu: plain torch (x is on cpu)"}
+_FIRST = {
+    "GPU": "torch finds none",
+    "GPU driver": "none found",
+    "backend": "auto; on cpu: plain torch (x is on cpu)",
+}
 
 
 @pytest.fixture
