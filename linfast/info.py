@@ -30,18 +30,17 @@ def info() -> str:
     """The report of ``linfast info``: one fact per line, after its name."""
     with warnings.catch_warnings(record=True) as caught:  # torch warns of a driver that it cannot use
         warnings.simplefilter("always")
-        rows = list(_rows())
+        rows = [(name, fact) for name, facts in _FACTS.items() for fact in _readable(facts)]
     rows += [("warning", str(warning.message)) for warning in caught]
     return aligned([(name, " ".join(fact.split())) for name, fact in rows])
 
 
-def _rows() -> Iterator[tuple[str, str]]:
-    for name, facts in _FACTS.items():
-        try:
-            for fact in facts():
-                yield name, fact
-        except Exception as error:
-            yield name, f"cannot be read: {type(error).__name__}: {error}"
+def _readable(facts: Callable[[], Iterable[str]]) -> Iterator[str]:
+    """The facts, up to the first that cannot be read."""
+    try:
+        yield from facts()
+    except Exception as error:
+        yield f"cannot be read: {type(error).__name__}: {error}"
 
 
 def _torch() -> Iterator[str]:
@@ -53,12 +52,12 @@ def _optional() -> Iterator[str]:
     """The installed packages of each extra, such as ``demo``, that linfast's metadata names."""
     extras: dict[str, list[str]] = {}
     for requirement in requires("linfast") or ():
-        name, extra = re.match(r"[\w.-]+", requirement), re.search(r"extra == ['\"](.+)['\"]", requirement)
-        if name and extra and name.group() != "linfast":
-            extras.setdefault(extra.group(1), []).append(name.group())
+        found = re.match(r"([\w.-]+).*extra == ['\"](.+)['\"]", requirement)
+        if found and found[1] != "linfast":
+            extras.setdefault(found[2], []).append(found[1])
     for extra, packages in extras.items():
-        found = [f"{name} {package_version(name)}" for name in packages if package_version(name)]
-        yield f"{extra}: {', '.join(found) or 'none installed'}"
+        installed = [f"{name} {package_version(name)}" for name in packages if package_version(name)]
+        yield f"{extra}: {', '.join(installed) or 'none installed'}"
 
 
 def _processor() -> Iterator[str]:
@@ -94,14 +93,16 @@ def _drivers_of_files() -> list[str]:
 
 
 def _backends() -> Iterator[str]:
-    """What runs on each device, and why; a GPU that torch finds may still refuse a tensor."""
-    for device in filter(None, (torch.accelerator.current_accelerator(check_available=True), "cpu")):
-        try:
-            why = why_reference(torch.empty(0, device=device))
-        except RuntimeError as error:
-            yield f"{chosen_backend()}; on {device}: cannot run: {error}"
-        else:
-            yield f"{chosen_backend()}; on {device}: " + (f"plain torch ({why})" if why else "Triton kernels")
+    devices = filter(None, (torch.accelerator.current_accelerator(check_available=True), torch.device("cpu")))
+    yield from (f"{chosen_backend()}; on {device}: {_what_runs(device)}" for device in devices)
+
+
+def _what_runs(device: torch.device) -> str:
+    try:
+        why = why_reference(torch.empty(0, device=device))
+    except RuntimeError as error:  # the backend cannot run here, or the GPU refuses a tensor
+        return f"cannot run: {error}"
+    return f"plain torch ({why})" if why else "Triton kernels"
 
 
 def _precision() -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Use the linfast that is installed, away from the checkout: ``python installed.py``, with its required packages only.
+"""Use an installed linfast with its required packages only: ``python installed.py``, away from the checkout.
 
-``tests/test_packaging.py`` runs it in an environment that holds the wheel, and .github/workflows/ci.yml on wheel and sdist.
+``tests/test_packaging.py`` runs it on the wheel, and .github/workflows/ci.yml on the wheel and the sdist.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import linfast as lf
 import torch
-from linfast.info import info
 
+import linfast as lf
+from linfast.info import info
 
 torch.manual_seed(0)
 x = torch.randn(8, 4)

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from linfast.bench import environment
 
 import linfast
-from linfast.bench import environment
 from linfast.cli import main
 
 info = importlib.import_module("linfast.info")
@@ -121,7 +121,9 @@ def test_a_broken_driver_is_reported(printed, gpus, tmp_path: Path, monkeypatch)
     _nvidia_smi(tmp_path, monkeypatch, "echo driver/library version mismatch; exit 18")
     monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
-    monkeypatch.setattr(torch, "empty", lambda *size, device=None: fail(0) if device != "cpu" else torch.zeros(1))
+    monkeypatch.setattr(
+        torch, "empty", lambda *size, device=None: torch.zeros(1) if str(device) == "cpu" else fail(0)
+    )
     facts = printed()
     assert facts["GPU"] == ["cannot be read: RuntimeError: CUDA unknown error with a second line"]
     assert facts["GPU driver"] == ["none found"]
