@@ -1,4 +1,4 @@
-"""Importing linfast loads no driver, no Triton and nothing slow."""
+"""Importing linfast loads no driver, no Triton and nothing slow, and warns of nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ linfast.cli.main(["info"])
 
 # What importing linfast adds to importing torch: calls of Python functions, without those of import, and modules.
 _ADDED = """
-import sys, torch
+import sys, torch, warnings
+warnings.simplefilter("error")
 before, calls = set(sys.modules), 0
 def count(frame, event, argument):
     global calls
