@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 import linfast
+from linfast.info import NVIDIA_SMI, command_output, lines_after, package_version, processor_name
 
 Environment = Mapping[str, str | float | None]
 
@@ -31,19 +30,18 @@ def describe(device: torch.device) -> Environment:
     checkout has uncommitted changes, and is None where linfast does not run from a checkout.
     """
     checkout = Path(linfast.__file__).resolve().parent.parent
-    models, mhz = _lines("/proc/cpuinfo", "model name"), _lines("/proc/cpuinfo", "cpu MHz")
-    name = models[0] if models else platform.processor() or platform.machine()
+    name, mhz = processor_name(), lines_after("/proc/cpuinfo", "cpu MHz")
     clocks = f"{sum(map(float, mhz)) / len(mhz):.0f} MHz" if mhz else None
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         query = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw"
-        clocks = _output("nvidia-smi", f"--id={device.index or 0}", f"--query-gpu={query}", "--format=csv,noheader")
+        clocks = command_output(*NVIDIA_SMI, f"--id={device.index or 0}", f"--query-gpu={query}")
     return {
         "device": name,
-        "linfast": _version("linfast"),
+        "linfast": package_version("linfast"),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "numpy": _version("numpy"),
+        "triton": package_version("triton"),
+        "numpy": package_version("numpy"),
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
@@ -84,35 +82,14 @@ def free_bytes(device: torch.device) -> float:
     """Bytes of free memory on the device; infinite where the system does not report them."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = _lines("/proc/meminfo", "MemAvailable")
+    available = lines_after("/proc/meminfo", "MemAvailable")
     return 1024.0 * int(available[0].split()[0]) if available else float("inf")
-
-
-def _lines(path: str, key: str) -> list[str]:
-    """The text after the colon in each line of the file that begins with ``key``."""
-    lines = Path(path).read_text().splitlines() if Path(path).exists() else []
-    return [line.partition(":")[2].strip() for line in lines if line.startswith(key)]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit(checkout: Path) -> str | None:
     git = ("git", "-C", str(checkout))
-    top = _output(*git, "rev-parse", "--show-toplevel")
+    top = command_output(*git, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != checkout:
         return None
-    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
-    return f"{commit}-dirty" if commit and _output(*git, "status", "--porcelain") else commit
-
-
-def _output(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    commit = command_output(*git, "rev-parse", "--short=12", "HEAD")
+    return f"{commit}-dirty" if commit and command_output(*git, "status", "--porcelain") else commit

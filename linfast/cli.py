@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ._command import Parser, add_earlier_files, flush_output, refuse_existing, report, say, when_interrupted
-from ._version import __version__
 from .dispatch import usable_device
+from .info import info
 from .io import load
 from .linearizer import Linearizer
 from .sampling.integrate import METHODS
@@ -73,8 +68,8 @@ def _parser() -> Parser:
     _add_sample(commands)
     add_train(commands)
     commands.add_parser("bench", help="run the benchmarks (see linfast bench --help)")
-    info = commands.add_parser("info", help="versions and devices")
-    info.set_defaults(call=_info, kept=lambda options: "it writes nothing")
+    about = commands.add_parser("info", help="what a bug report needs: versions, devices and settings")
+    about.set_defaults(call=_info, kept=lambda options: "it writes nothing")
     return parser
 
 
@@ -153,15 +148,7 @@ def _kept(options: argparse.Namespace) -> str:
 
 
 def _info(options: argparse.Namespace) -> int:
-    rows = {"linfast": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "numpy", "safetensors"):
-        rows[name] = "not installed"
-        with suppress(PackageNotFoundError):
-            rows[name] = version(name)
-    rows["threads"] = str(torch.get_num_threads())
-    count = torch.cuda.device_count()
-    rows["cuda"] = ", ".join(torch.cuda.get_device_name(i) for i in range(count)) or "no device"
-    print("\n".join(f"{name:12}{value}" for name, value in rows.items()))
+    print(info())
     return 0
 
 

@@ -151,7 +151,7 @@ _command.when_interrupted(lambda: "interrupted; kept")
 
 
 def _ends(code: str, status: int = 130, said: str = "interrupted; kept\n") -> None:
-    done = _python("-c", _STARTED + code)
+    done = _python("-W", "ignore", "-c", _STARTED + code)  # Python 3.12 and newer warn of a fork beside threads
     assert (done.returncode, done.stderr) == (status, said)
 
 

@@ -1,4 +1,4 @@
-"""Importing linfast loads no driver, no Triton and nothing slow."""
+"""Importing linfast loads no driver, no Triton and nothing slow, and warns of nothing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ with linfast.backend("triton"):
         f(torch.randn(2, 4))
     except RuntimeError as error:
         print(error)
+import linfast.cli
+linfast.cli.main(["info"])
 """
 
 # What importing linfast adds to importing torch: calls of Python functions, without those of import, and modules.
 _ADDED = """
-import sys, torch
+import sys, torch, warnings
+warnings.simplefilter("error")
 before, calls = set(sys.modules), 0
 def count(frame, event, argument):
     global calls
@@ -54,9 +57,10 @@ def _run(code: str) -> str:
 
 
 def test_import_and_use_without_triton() -> None:
-    shape, error = _run(_NO_TRITON).splitlines()
+    shape, error, *info = _run(_NO_TRITON).splitlines()
     assert shape == "(2, 4)"
     assert "triton is not installed" in error
+    assert any(line.startswith("backend") for line in info)
 
 
 def test_import_adds_little_to_torch() -> None:
