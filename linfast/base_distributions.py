@@ -88,6 +88,11 @@ class OtherBase(nn.Module):
         self.distribution = _mapped(self.distribution, fn)
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> OtherBase:
+        return OtherBase(
+            _mapped(self.distribution, torch.clone)
+        )  # deepcopy of an inverse transform loses its inverse
+
     def extra_repr(self) -> str:
         return type(self.distribution).__name__
 

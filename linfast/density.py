@@ -83,9 +83,9 @@ class Density(nn.Module):
         Raises:
             TypeError, ValueError: x or the context is missing, not expected, or of another shape, dtype or device.
         """
+        z, log_det = self.flow.forward_and_log_det(x, **self._given(context))
         if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
             self._check_scale(x)
-        z, log_det = self.flow.forward_and_log_det(x, **self._given(context))
         return self._base_log_prob(z) + log_det
 
     @torch.no_grad()
@@ -98,15 +98,15 @@ class Density(nn.Module):
             TypeError, ValueError: n is not a whole number; the context is missing, not expected, or of another
                 shape; the shape of z is not known.
         """
-        return self.flow.inverse(self._noise(n, reparametrised=False), **self._given(context))
+        return self.flow.inverse(self._noise(n, reparametrised=False), **self._given(context, n))
 
     def rsample(self, n: int, context: Any = None) -> Tensor:
         """As ``sample``, with the samples' gradients with respect to the parameters and the context.
 
         Raises:
-            NotImplementedError: the base has no ``rsample``.
+            NotImplementedError: the base has parameters, and its distribution has no ``rsample``.
         """
-        return self.flow.inverse(self._noise(n, reparametrised=True), **self._given(context))
+        return self.flow.inverse(self._noise(n, reparametrised=True), **self._given(context, n))
 
     def sample_and_log_prob(self, n: int, context: Any = None) -> tuple[Tensor, Tensor]:
         """(x [n, ...], log p(x | context) [n]): samples as in ``rsample``, and their densities, from one pass.
@@ -114,7 +114,7 @@ class Density(nn.Module):
         With gradients, for variational inference: E[log p(x) - log target(x)] is the Kullback-Leibler divergence.
         """
         z = self._noise(n, reparametrised=True)
-        x, log_det = self.flow.inverse_and_log_det(z, **self._given(context))
+        x, log_det = self.flow.inverse_and_log_det(z, **self._given(context, n))
         return x, self._base_log_prob(z) - log_det
 
     def standardize(self, x: Tensor) -> Density:
@@ -147,8 +147,8 @@ class Density(nn.Module):
     def extra_repr(self) -> str:
         return f"shape={self.shape}"
 
-    def _given(self, context: Any) -> dict[str, Tensor]:
-        """The flow's keyword arguments."""
+    def _given(self, context: Any, n: int | None = None) -> dict[str, Tensor]:
+        """The flow's keyword arguments; ``n``: how many samples are drawn."""
         if context is None:
             if self.embedding is not None:
                 raise ValueError("context must be given: this density has an embedding; got None")
@@ -159,8 +159,10 @@ class Density(nn.Module):
             context = self.embedding(
                 context[None] if isinstance(context, Tensor) and context.ndim == 0 else context
             )
-        check_dense("context", context)
-        return {"context": context[None] if context.ndim == 1 else context}
+        context = context[None] if check_dense("context", context).ndim == 1 else context
+        if n is not None and context.ndim == 2 and context.shape[0] not in (1, n):
+            raise ValueError(f"context must be one row for all samples or n = {n} rows; got {tuple(context.shape)}")
+        return {"context": context}
 
     def _like(self) -> Tensor:
         """A tensor with the dtype and the device of the module."""
@@ -187,9 +189,10 @@ class Density(nn.Module):
         if self.base is None:
             return torch.randn(n, *self.shape, dtype=like.dtype, device=like.device)
         base = self.base()
-        if reparametrised and not base.has_rsample:
+        fixed = base.has_rsample or not any(parameter.requires_grad for parameter in self.base.parameters())
+        if reparametrised and not fixed:
             raise NotImplementedError(
-                f"the base, {type(base).__name__}, has no rsample: its samples have no gradients"
+                f"base has parameters, and a {type(base).__name__} has no rsample to train them"
             )
         missing = len(self.shape) - len(base.event_shape)
         if missing < 0:
@@ -197,11 +200,11 @@ class Density(nn.Module):
                 f"base is over values of shape {tuple(base.event_shape)}, and one z has shape {self.shape}"
             )
         base = base.expand(self.shape[:missing]) if tuple(base.batch_shape) != self.shape[:missing] else base
-        return (base.rsample if reparametrised else base.sample)((n,)).to(like.dtype)
+        return (base.rsample if reparametrised and base.has_rsample else base.sample)((n,)).to(like.dtype)
 
     def _check_scale(self, x: Tensor) -> None:
         """Warn where x is far from unit scale. It reads x on the host, once."""
-        if not isinstance(x, Tensor) or x.ndim < 2 or x.shape[0] < _LEAST_ROWS or not has_values(x) or capturing(x):
+        if x.shape[0] < _LEAST_ROWS or not has_values(x) or capturing(x):
             return
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return

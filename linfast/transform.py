@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from .checks import check_kind
+from .checks import check_count, check_dense, check_kind
 from .flows.bijection import Bijection
 
 
@@ -34,12 +34,10 @@ class FlowTransform(Transform):
     bijective = True
 
     def __init__(self, flow: Bijection, cache_size: int = 1) -> None:
-        super().__init__(cache_size=cache_size)
+        super().__init__(cache_size=check_count("cache_size", cache_size, least=0, most=1))
         check_kind("flow", flow, Bijection)
         if flow.features_out != flow.features:
-            raise ValueError(
-                f"flow must keep the shape of x; got {flow.features} features in, {flow.features_out} out"
-            )
+            raise ValueError(f"flow must keep the shape of x: {flow.features} features become {flow.features_out}")
         self.flow = flow
         self._event = 1 if flow.shape is None else len(flow.shape)
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # x, z and log|det dz/dx|
@@ -51,6 +49,7 @@ class FlowTransform(Transform):
     codomain = domain
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        cache_size = check_count("cache_size", cache_size, least=0, most=1)
         return self if cache_size == self._cache_size else FlowTransform(self.flow, cache_size)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class FlowTransform(Transform):
 
     def _batch(self, x: Tensor) -> Tensor:
         """x [..., *event] as [B, *event]."""
-        if x.ndim < self._event:
+        if check_dense("x", x).ndim < self._event:
             raise ValueError(f"x must have at least {self._event} dimensions; got {tuple(x.shape)}")
         return x.reshape(-1, *x.shape[x.ndim - self._event :])
 

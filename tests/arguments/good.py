@@ -20,6 +20,7 @@ _DATA = (
     "accelerate.MLP Step Step.of"
 )
 _PROTOCOL = (
+    "FlowTransform.log_abs_det_jacobian "
     "ChannelLinear.after _LinearMix.after ActNorm.after Permute.after AffineCoupling.transform_then_mix "
     "AutoregressiveMasks.apply AutoregressiveMasks.masks AutoregressiveMasks.pack "
     "AutoregressiveMasks.pack_extras AutoregressiveMasks.sort_norms AutoregressiveMasks.spec "

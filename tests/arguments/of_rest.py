@@ -13,7 +13,7 @@ import linfast as lf
 from linfast import io
 from linfast.accelerate import find_mlp
 from linfast.compat import linearizer as compat
-from tests.arguments.calls import Good, flow, made, timed, x
+from tests.arguments.calls import Good, flow, made, method, timed, x
 from tests.compat import image_stand_in
 
 
@@ -74,6 +74,30 @@ REST: dict[str, Good] = {
         ),
         allowed={"keep_defects": {"a dict"}},
     ),
+    "Density": Good(
+        lambda: (lf.Density, {"flow": flow(), "base": None, "embedding": None, "shape": (4,)}),
+        allowed={"shape": {"a list"}},
+    ),
+    **{
+        f"Density.{name}": Good(
+            lambda name=name, of=of: (
+                getattr(lf.Density(flow(context_features=2)), name),
+                {**of, "context": x(3, 2)},
+            ),
+            {"x": "B D", "context": "B C"},
+            allowed={"context": {"one rank fewer", "dimension 0 of size 1"}},
+        )
+        for name, of in (
+            ("forward", {"x": x(3, 4)}),
+            ("log_prob", {"x": x(3, 4)}),
+            ("sample", {"n": 3}),
+            ("rsample", {"n": 3}),
+            ("sample_and_log_prob", {"n": 3}),
+        )
+    },
+    "Density.standardize": method(lambda: lf.Density(flow()), "standardize", {"x": "n D"}, x=x(3, 4)),
+    "FlowTransform": made(lf.FlowTransform, flow=flow(), cache_size=1),
+    "FlowTransform.with_cache": method(lambda: lf.FlowTransform(flow()), "with_cache", cache_size=1),
     "restore": Good(lambda: (lf.restore, {"model": nn.Linear(2, 2)})),
     "register_adapter": Good(
         lambda: (

@@ -1,0 +1,399 @@
+"""lf.Density: its log-probability is that of the change of variables, and its samples follow it."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributions as D
+from torch import Tensor, nn
+
+import linfast as lf
+from tests.laws.zoo import perturb
+from tests.processes import results_of_two
+
+F64 = torch.float64
+
+
+def _density(base: D.Distribution | nn.Module | None = None, **options: object) -> lf.Density:
+    return perturb(lf.Density(lf.coupling_flow(2, 4, (16,), **options), base), 0.3).to(F64)  # type: ignore[return-value, arg-type]
+
+
+def _mixture() -> D.Distribution:
+    parts = D.Independent(D.Normal(torch.tensor([[0.0, 1.0], [-1.0, 2.0]]), torch.ones(2, 2) / 2), 1)
+    return D.MixtureSameFamily(D.Categorical(torch.tensor([0.3, 0.7])), parts)
+
+
+def _logistic() -> D.Distribution:
+    return D.TransformedDistribution(D.Uniform(torch.zeros(2), torch.ones(2)), [D.SigmoidTransform().inv])
+
+
+BASES: dict[str, Callable[[], D.Distribution | None]] = {
+    "standard": lambda: None,
+    "one for all": lambda: D.StudentT(4.0, 0.5, 2.0),
+    "a batch": lambda: D.Normal(torch.tensor([0.5, -1.0]), torch.tensor([1.0, 2.0])),
+    "independent": lambda: D.Independent(D.Laplace(torch.zeros(2), torch.ones(2)), 1),
+    "normal": lambda: D.MultivariateNormal(torch.ones(2), torch.tensor([[2.0, 0.5], [0.5, 1.0]])),
+    "mixture": _mixture,
+    "logistic": _logistic,
+}
+every_base = pytest.mark.parametrize("name", BASES)
+
+
+def _truth(p: lf.Density, base: D.Distribution | None, x: Tensor) -> Tensor:
+    """log p(x) from the Jacobian of autograd and the distribution as it was given."""
+    of_noise = base or D.Normal(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
+    values = []
+    for row in x:
+        jacobian = torch.autograd.functional.jacobian(lambda v: p.flow(v[None])[0], row)
+        values.append(of_noise.log_prob(p.flow(row[None])[0]).sum() + torch.linalg.slogdet(jacobian).logabsdet)
+    return torch.stack(values).detach()
+
+
+@every_base
+def test_log_prob_is_that_of_the_change_of_variables(name: str) -> None:
+    base = BASES[name]()
+    p, x = _density(base), torch.randn(6, 2, dtype=F64)
+    torch.testing.assert_close(p.log_prob(x).detach(), _truth(p, base, x), rtol=1e-6, atol=1e-6)
+    assert torch.equal(p(x), p.log_prob(x))
+    single = copy.deepcopy(p).float()
+    assert single(x.float()).dtype is torch.float32
+    torch.testing.assert_close(single(x.float()).double(), p(x), rtol=1e-4, atol=1e-4)
+
+
+@every_base
+def test_the_density_of_samples_is_returned_with_them(name: str) -> None:
+    p = _density(BASES[name]())
+    x, log_prob = p.sample_and_log_prob(7)
+    assert x.shape == (7, 2)
+    assert x.dtype is F64
+    torch.testing.assert_close(log_prob, p(x), rtol=1e-9, atol=1e-9)
+
+
+def test_the_density_integrates_to_one_and_samples_follow_it() -> None:
+    p = _density()
+    side = torch.linspace(-16, 16, 801, dtype=F64)
+    x = torch.cartesian_prod(side, side)
+    with torch.no_grad():
+        mass = p(x).exp() * float(side[1] - side[0]) ** 2
+    assert abs(float(mass.sum()) - 1) < 1e-3
+    mean = mass @ x
+    covariance = (x - mean).T @ ((x - mean) * mass[:, None])
+    torch.manual_seed(0)
+    drawn = p.sample(200_000)
+    torch.testing.assert_close(drawn.mean(0), mean, rtol=0, atol=0.02)
+    torch.testing.assert_close(drawn.T.cov(), covariance, rtol=0, atol=0.04)
+
+
+def test_gradients_of_samples() -> None:
+    p = _density()
+    assert not p.sample(3).requires_grad
+    torch.manual_seed(1)
+    z = torch.randn(5, 2, dtype=F64)
+    expected = torch.autograd.grad(p.flow.inverse(z).square().sum(), tuple(p.parameters()), allow_unused=True)
+    torch.manual_seed(1)
+    found = torch.autograd.grad(p.rsample(5).square().sum(), tuple(p.parameters()), allow_unused=True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True) if a is not None and b is not None)
+    assert any(value is not None and value.abs().max() > 0 for value in found)
+
+
+def test_a_context_counts_for_one_sample_or_for_all() -> None:
+    p, x, context = _density(context_features=3), torch.randn(4, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
+    rows = torch.cat([p(x[i : i + 1], context[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(p(x, context), rows, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(p(x, context[1]), p(x, context[1:2].expand(4, 3)), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(p(x, context[1]), p(x, context[2]))
+    for given in (context[1], context[1:2], context[1:2].expand(4, 3)):
+        torch.manual_seed(0)
+        drawn = p.sample(4, given)
+        torch.manual_seed(0)
+        torch.testing.assert_close(drawn, p.flow.inverse(torch.randn(4, 2, dtype=F64), context=context[1:2]))
+    context.requires_grad_()
+    p.rsample(4, context).sum().backward()
+    assert context.grad is not None
+    assert context.grad.abs().min() > 0
+
+
+def test_labels_become_contexts_by_the_embedding() -> None:
+    table = nn.Embedding(5, 3)
+    p = perturb(lf.Density(lf.coupling_flow(2, 2, (8,), context_features=3), embedding=table), 0.3)
+    x, labels = torch.randn(4, 2), torch.tensor([0, 3, 3, 1])
+    torch.testing.assert_close(p(x, labels), p.flow.forward_and_log_det(x, context=table(labels))[1] - (
+        0.5 * p.flow(x, context=table(labels)).square() + 0.5 * math.log(2 * math.pi)
+    ).sum(1))  # fmt: skip
+    drawn = []
+    for label in (3, torch.tensor(3), torch.tensor([3]), torch.full((6,), 3)):
+        torch.manual_seed(0)
+        drawn.append(p.sample(6, label))
+    assert all(torch.allclose(drawn[0], other, atol=1e-6) for other in drawn[1:])
+    p(x, labels).sum().backward()
+    assert table.weight.grad is not None
+    assert table.weight.grad[3].abs().max() > 0
+    with pytest.raises(ValueError, match="context must be given"):
+        p(x)
+
+
+def test_wrong_contexts_are_named() -> None:
+    p, x = _density(context_features=3), torch.randn(4, 2, dtype=F64)
+    with pytest.raises(ValueError, match=r"one row for all samples or n = 4 rows; got \(2, 3\)"):
+        p.sample(4, torch.randn(2, 3, dtype=F64))
+    with pytest.raises(ValueError, match="context=None"):
+        p(x)
+    with pytest.raises(TypeError, match="context must be a tensor; got 3"):
+        p(x, 3)
+    with pytest.raises(ValueError, match="context_features=0"):
+        _density()(x, torch.randn(4, 3, dtype=F64))
+
+
+def test_images_with_a_context_and_any_shape() -> None:
+    p = perturb(lf.Density(lf.Flow([lf.Squeeze(1), lf.ActNorm(4)]), shape=(4, 2, 3)))
+    assert p.sample(5).shape == (5, 1, 4, 6)
+    image = lf.Density(lf.image_flow(3, 4, 2, 8))
+    x, log_prob = image.sample_and_log_prob(2)
+    assert x.shape == (2, 3, 4, 4)
+    torch.testing.assert_close(log_prob, D.Normal(0.0, 1.0).log_prob(image.flow(x)).sum((1, 2, 3)) + (
+        image.flow.forward_and_log_det(x)[1]
+    ))  # fmt: skip
+    with pytest.raises(ValueError, match="the shape of z is not known: pass it to Density"):
+        lf.Density(lf.Flow([])).sample(1)
+
+
+@every_base
+def test_files_pickles_and_copies_keep_the_density(name: str, tmp_path: Path) -> None:
+    p, x = _density(BASES[name]()).standardize(3 + 2 * torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
+    if name == "logistic":
+        with pytest.raises(TypeError, match="cannot save a OtherBase"):
+            lf.save(p, tmp_path / "p.safetensors")
+    else:
+        lf.save(p, tmp_path / "p.safetensors")
+        assert torch.equal(lf.load(tmp_path / "p.safetensors")(x), p(x))
+        assert torch.equal(pickle.loads(pickle.dumps(p))(x), p(x))
+    assert torch.equal(copy.deepcopy(p)(x), p(x))
+
+
+def test_labels_are_saved_with_their_embedding(tmp_path: Path) -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,), context_features=3), embedding=nn.Embedding(5, 3))
+    x, labels = torch.randn(4, 2), torch.tensor([0, 3, 3, 1])
+    lf.save(perturb(p), tmp_path / "p.safetensors")
+    assert torch.equal(lf.load(tmp_path / "p.safetensors")(x, labels), p(x, labels))
+
+
+class _Learned(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def forward(self) -> D.Distribution:
+        return D.Independent(D.Normal(self.loc, torch.ones_like(self.loc)), 1)
+
+
+def test_a_module_is_a_base_that_is_trained() -> None:
+    p = _density(_Learned())
+    p(torch.randn(3, 2, dtype=F64)).sum().backward()
+    assert p.base is not None
+    assert p.base.loc.grad.abs().min() > 0  # type: ignore[union-attr, operator]
+    assert p.sample(4).shape == (4, 2)
+
+
+def test_bases_that_do_not_fit_are_refused() -> None:
+    flow = lf.coupling_flow(2)
+    with pytest.raises(ValueError, match=r"base is over values of shape \(3,\), and one z has shape \(2,\)"):
+        lf.Density(flow, D.Normal(torch.zeros(3), torch.ones(3)))
+    with pytest.raises(ValueError, match="require a gradient"):
+        lf.Density(flow, D.Normal(torch.zeros(2, requires_grad=True), torch.ones(2)))
+    with pytest.raises(TypeError, match="base must be"):
+        lf.Density(flow, "normal")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="flow must be a Bijection"):
+        lf.Density(nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+class _LearnedMixture(_Learned):
+    def forward(self) -> D.Distribution:
+        parts = D.Independent(D.Normal(self.loc + torch.ones(3, 2), torch.ones(3, 2)), 1)
+        return D.MixtureSameFamily(D.Categorical(torch.ones(3)), parts)
+
+
+def test_no_gradient_of_a_learned_base_is_lost() -> None:
+    p = lf.Density(lf.coupling_flow(2), _LearnedMixture())
+    assert p.sample(3).shape == (3, 2)
+    with pytest.raises(NotImplementedError, match="MixtureSameFamily has no rsample"):
+        p.rsample(3)
+
+
+# The scale of the data
+
+
+def test_a_standardised_density_is_the_same_in_other_units() -> None:
+    """With equal weights, the density of a x + b is that of x, less log|a| per feature."""
+    x = torch.randn(300, 2, dtype=F64) @ torch.tensor([[1.0, 0.4], [0.0, 0.7]], dtype=F64)
+    scale, shift = torch.tensor([1000.0, 0.001], dtype=F64), torch.tensor([5000.0, -3.0], dtype=F64)
+    plain = _density()
+    other = copy.deepcopy(plain).standardize(scale * x + shift)
+    plain.standardize(x)
+    torch.testing.assert_close(other(scale * x + shift), plain(x) - scale.log().sum(), rtol=1e-9, atol=1e-8)
+    torch.manual_seed(0)
+    drawn = plain.sample(5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(other.sample(5), scale * drawn + shift, rtol=1e-9, atol=1e-9)
+    z = plain.flow[0](x)
+    torch.testing.assert_close(z.mean(0), torch.zeros(2, dtype=F64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(z.std(0), torch.ones(2, dtype=F64))
+    assert not any(value.requires_grad for value in plain.flow[0].parameters())
+
+
+def test_images_are_standardised_per_channel() -> None:
+    x = torch.randn(20, 2, 4, 4) * torch.tensor([3.0, 50.0]).view(2, 1, 1) + 7
+    z = lf.Density(lf.image_flow(2, 4, 2, 8)).standardize(x).flow[0](x)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=1e-5, atol=0)
+
+
+def test_standardize_says_what_it_cannot_do() -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,)))
+    with pytest.raises(ValueError, match=r"constant in features \[1\]"):
+        p.standardize(torch.stack((torch.randn(9), torch.full((9,), 0.1)), 1))
+    with pytest.raises(ValueError, match="x must have 2 features"):
+        p.standardize(torch.randn(9, 3))
+    with pytest.raises(ValueError, match="non-finite"):
+        p.standardize(torch.full((9, 2), math.inf))
+    p.standardize(torch.randn(9, 2))
+    with pytest.raises(RuntimeError, match="begins with an ActNorm already"):
+        p.standardize(torch.randn(9, 2))
+
+
+def test_data_far_from_unit_scale_give_one_warning_in_training() -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,)))
+    far = 5000 + 1000 * torch.randn(50, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p.eval()(far)
+        p.train()(far[:2])  # too few to tell
+        lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2))
+    with pytest.warns(UserWarning, match=r"feature 0: mean 5\d+, deviation \d+.*call p.standardize"):
+        p(far)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p(far)
+        lf.Density(lf.coupling_flow(2, 2, (8,))).standardize(far)(far)
+    with pytest.warns(UserWarning, match="feature 1: mean .*, deviation 0.00"):
+        lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2) * torch.tensor([1.0, 1e-3]))
+
+
+# How it runs
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_compiled_and_under_autocast(compiled: bool) -> None:
+    p = perturb(lf.Density(lf.coupling_flow(4, 2, (8,), context_features=3), D.Laplace(0.0, 1.0)), 0.3)
+    x, context = torch.randn(6, 4), torch.randn(1, 3)
+    run = torch.compile(p, fullgraph=True, backend="aot_eager") if compiled else p
+    torch.testing.assert_close(run(x, context), p(x, context))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = run(x, context)
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, p(x, context), rtol=0.05, atol=0.1)
+
+
+def test_gradients_per_sample_and_empty_batches() -> None:
+    p, x = _density(), torch.randn(4, 2, dtype=F64)
+    weights = dict(p.named_parameters())
+
+    def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
+        return torch.func.functional_call(p, weights, (row[None],))[0]
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
+    total = torch.autograd.grad(p(x).sum(), tuple(weights.values()))
+    for value, expected in zip(found.values(), total, strict=True):
+        torch.testing.assert_close(value.sum(0), expected)
+    assert p(x[:0]).shape == (0,)
+    assert p.sample(0).shape == (0, 2)
+    assert p.to("meta")(x.to("meta")).shape == (4,)
+
+
+def _loss_of_one_of_two() -> float:
+    from linfast.examples.runs import process_group
+
+    with process_group(torch.device("cpu")):
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(perturb(lf.Density(lf.coupling_flow(2, 2, (8,)))))
+        x = torch.randn(8, 2).chunk(2)[torch.distributed.get_rank()]
+        (-model(x).mean()).backward()
+        return float(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+
+
+def test_two_processes_have_the_gradient_of_one() -> None:
+    found = results_of_two(_loss_of_one_of_two)
+    torch.manual_seed(0)
+    p = perturb(lf.Density(lf.coupling_flow(2, 2, (8,))))
+    (-p(torch.randn(8, 2)).mean()).backward()  # type: ignore[operator]
+    expected = float(sum(q.grad.square().sum() for q in p.parameters() if q.grad is not None))
+    assert found == pytest.approx([expected] * 2, rel=1e-5)
+
+
+# As a torch.distributions transform
+
+
+def test_a_flow_is_a_transform() -> None:
+    p = _density()
+    noise = D.Independent(D.Normal(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), 1)
+    q = D.TransformedDistribution(noise, [lf.FlowTransform(p.flow).inv])
+    x = torch.randn(3, 4, 2, dtype=F64)
+    torch.testing.assert_close(q.log_prob(x).flatten(), p(x.flatten(0, 1)), rtol=1e-10, atol=1e-10)
+    assert q.event_shape == (2,)
+    assert q.sample().shape == (2,)
+    drawn = q.rsample((5, 2))
+    assert drawn.requires_grad
+    torch.testing.assert_close(q.log_prob(drawn), p(drawn.flatten(0, 1)).reshape(5, 2), rtol=1e-9, atol=1e-9)
+    forward = D.TransformedDistribution(q, [lf.FlowTransform(p.flow)])
+    torch.testing.assert_close(forward.log_prob(x), noise.log_prob(x), rtol=1e-9, atol=1e-9)
+
+
+def test_a_transform_inverts_no_sample_again_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = _density().flow
+    calls = []
+    monkeypatch.setattr(
+        flow, "forward_and_log_det", lambda x: calls.append(1) or lf.Flow.forward_and_log_det(flow, x)
+    )
+    for cache_size, expected in ((1, 0), (0, 1)):
+        calls.clear()
+        transform = lf.FlowTransform(flow, cache_size)
+        z = torch.randn(4, 2, dtype=F64)
+        x = transform.inv(z)
+        found = transform.log_abs_det_jacobian(x, z)
+        assert len(calls) == expected
+        torch.testing.assert_close(found, lf.Flow.forward_and_log_det(flow, x)[1], rtol=1e-9, atol=1e-9)
+        assert transform.with_cache(0)._cache_size == 0
+    images = lf.FlowTransform(lf.image_flow(2, 4, 2, 8))
+    assert images.domain.event_dim == 3
+    assert images(torch.randn(2, 4, 4)).shape == (2, 4, 4)
+    with pytest.raises(ValueError, match="flow must keep the shape of x: 2 features become 8"):
+        lf.FlowTransform(lf.Squeeze(2))
+
+
+# The layers of a flow
+
+
+def test_a_flow_is_a_sequence_of_its_layers() -> None:
+    flow = lf.coupling_flow(4, 3, (8,), mix="lu")
+    layers = list(flow)
+    assert len(flow) == len(layers) == 6
+    assert flow[0] is layers[0]
+    assert flow[-1] is layers[-1]
+    x = torch.randn(5, 4)
+    assert torch.allclose(flow[3:](flow[:3](x)), flow(x), atol=1e-6)
+    assert list(flow[1:3]) == layers[1:3]
+    assert flow[1:3].shape == (4,)
+    assert flow[:0](x) is x
+    assert bool(lf.Flow([]))
+    with pytest.raises(IndexError):
+        flow[6]
+    longer = lf.Flow([lf.ActNorm(4), *flow], shape=(4,))
+    assert len(longer) == 7
+    image = lf.image_flow(1, 4, 2, 8)
+    assert image[1:].shape is None
+    assert image[1:](image[0](torch.randn(2, 1, 4, 4))).shape == (2, 1, 4, 4)
