@@ -39,7 +39,9 @@ def test_stored_outputs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_code_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_code_runs(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     matplotlib = require("matplotlib")
     if name in _LIBRARY:
         require(_LIBRARY[name])
@@ -70,3 +72,6 @@ def test_code_runs(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     pictures = [o for cell in code_cells(notebook) for o in cell["outputs"] if o["output_type"] == "display_data"]
     assert len(drawn) == len(pictures)
     assert not plt.get_fignums()
+    printed = capsys.readouterr().out
+    assert "False" not in printed, "of a comparison that should be true"
+    assert "nan" not in printed
