@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_like, check_number, check_tensor, check_time
+from .checks import _shown, check_count, check_like, check_number, check_tensor, check_time
 from .dispatch import cat
 from .rows import one_row
 
@@ -67,18 +67,10 @@ def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) ->
     return t.to(like).reshape(-1)
 
 
-def embed_time(
-    embedding: SinusoidalEmbedding | None, t: float | Tensor | None, like: Tensor, name: str
-) -> Tensor | None:
-    """The embedding [B, features] of t; ValueError where only one of t and ``embedding`` is given."""
-    times = time_rows(t, like, embedding is not None, name)
-    return None if embedding is None or times is None else embedding(times.expand(like.shape[0]))
-
-
 def check_context(kind: str, context: Any, x: Tensor, features: int) -> None:
     """Raise unless the context is [B or 1, features] and like x [B, ...], or None where ``features`` is 0."""
     if (context is None) != (features == 0):
-        raise ValueError(f"{kind} has context_features={features}; got context={context!r}")
+        raise ValueError(f"{kind} has context_features={features}; got context={_shown(context)}")
     if context is not None:
         check_like(kind, "context", context, x)
         if context.ndim != 2 or context.shape[1] != features or context.shape[0] not in (1, x.shape[0]):
@@ -100,12 +92,18 @@ def conditions(
         ValueError: t or context is missing, not expected, or of another shape.
     """
     check_context(kind, context, x, features)
-    times = time_rows(t, x, embedding is not None, kind)
+    return joined(embedding, time_rows(t, x, embedding is not None, kind), context, x.shape[0])
+
+
+def joined(
+    embedding: SinusoidalEmbedding | None, times: Tensor | None, context: Tensor | None, batch: int
+) -> Tensor | None:
+    """``conditions`` of arguments that are checked, with ``times`` from ``time_rows`` and B = ``batch``."""
     if embedding is None or times is None:
         return None if context is None else one_row(context)
     embedded = embedding(times)
     if context is None:
         return embedded
     context = one_row(context)
-    rows = max(context.shape[0], embedded.shape[0]) if x.shape[0] else 0
+    rows = max(context.shape[0], embedded.shape[0]) if batch else 0
     return cat((embedded.expand(rows, -1), context.expand(rows, -1)), dim=-1)

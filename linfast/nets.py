@@ -1,7 +1,7 @@
 """Conditioners: ordinary networks that give a coupling its shift and raw scale.
 
     MLP      [B, n_in] (+ embedded time, + context) -> [B, n_out]
-    ConvNet  [B, C_in, H, W] (+ time) -> [B, C_out, H, W]
+    ConvNet  [B, C_in, H, W] (+ time, + context) -> [B, C_out, H, W]
 
 The last layer starts at zero, so a new coupling is the identity, and a new
 Linearizer of couplings equals its operator A.
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checks import check_choice, check_count, check_counts, check_dense, check_flag, check_like
-from .conditioning import SinusoidalEmbedding, check_time_features, conditions, embed_time
+from .conditioning import SinusoidalEmbedding, check_time_features, conditions
 from .dispatch import cat, has_global_hook, is_plain, outside_autocast
 from .ops.activations import ACTIVATION_NAMES, ACTIVATIONS
 from .ops.plain_couplings import absorb
@@ -122,11 +122,13 @@ class ConvNet(nn.Module):
         channels_in, channels_out: C_in and C_out.
         width: channels of the two hidden layers.
         activation: relu, silu, tanh or gelu.
-        time_features: size of a sinusoidal embedding of ``t``; 0 for none. A linear map of
-            it is added to the first convolution's output.
+        time_features: size of a sinusoidal embedding of ``t``; 0 for none.
+        context_features: size n of a ``context`` [B, n], or [1, n] for all samples; 0 for none. A linear map
+            (``time_shift``) of [embedded t | context] is added to the first convolution's output at every pixel.
 
     Raises:
-        ValueError: unknown activation; x of another shape; t is missing, or not expected.
+        ValueError: unknown activation; x of another shape; t or context is missing, of another shape, or given to
+            a network without an input for it.
     """
 
     def __init__(
@@ -136,6 +138,7 @@ class ConvNet(nn.Module):
         width: int = 64,
         activation: str = "silu",
         time_features: int = 0,
+        context_features: int = 0,
     ) -> None:
         super().__init__()
         check_choice("activation", activation, ACTIVATION_NAMES)
@@ -143,6 +146,7 @@ class ConvNet(nn.Module):
         self.channels_out = channels_out = check_count("channels_out", channels_out)
         self.width = width = check_count("width", width)
         self.activation, self.time_features = activation, check_time_features(time_features)
+        self.context_features = check_count("context_features", context_features, least=0)
         self.layers = nn.ModuleList(
             (
                 nn.Conv2d(channels_in, width, 3, padding=1),
@@ -151,10 +155,11 @@ class ConvNet(nn.Module):
             )
         )
         self.embedding = SinusoidalEmbedding(time_features) if time_features else None
-        self.time_shift = nn.Linear(time_features, width) if time_features else None
+        given = self.time_features + self.context_features
+        self.time_shift = nn.Linear(given, width) if given else None
         zero_layer(self.layers[-1])
 
-    def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
         with range_("forward", self):
             check_input("ConvNet", x, self.layers)
@@ -162,9 +167,9 @@ class ConvNet(nn.Module):
                 raise ValueError(f"ConvNet: x must be [B, {self.channels_in}, H, W]; got {tuple(x.shape)}")
             activate = ACTIVATIONS[self.activation]
             h = self.layers[0](x)
-            time = embed_time(self.embedding, t, x, "ConvNet")
-            if time is not None and self.time_shift is not None:
-                h = h + self.time_shift(time)[:, :, None, None]
+            given = conditions("ConvNet", self.embedding, t, context, x, self.context_features)
+            if given is not None and self.time_shift is not None:
+                h = h + self.time_shift(given)[:, :, None, None]
             return self.layers[2](activate(self.layers[1](activate(h))))
 
 

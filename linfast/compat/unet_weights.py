@@ -55,7 +55,7 @@ def block_options(block: Any) -> BlockOptions:
 def refuse(problems: dict[str, bool]) -> None:
     """Raise ValueError with the problems that are present."""
     if found := [name for name, present in problems.items() if present]:
-        raise ValueError(f"the U-Net has what lf.UNet does not: {', '.join(found)}")
+        raise ValueError(f"the U-Net has what cannot be converted to an lf.UNet: {', '.join(found)}")
 
 
 def is_standard_norm(norm: Any) -> bool:

@@ -157,6 +157,7 @@ def image_flow(
     actnorm: bool = False,
     mix: str | None = "lu",
     time_features: int = 0,
+    context_features: int = 0,
     memory: str = "auto",
     coupling: str | None = None,
 ) -> Flow:
@@ -177,8 +178,9 @@ def image_flow(
             mask at every call: results can be inverted only in eval mode.
         unet_options: more arguments of ``UNet``: channel_mult, blocks, attention_resolutions
             (counted after the squeeze), dropout, nchw_dropout.
-        transform, bins, tail_bound, scale_map, order, actnorm, mix, time_features, memory, coupling: as in
-            ``coupling_flow``.
+        transform, bins, tail_bound, scale_map, order, actnorm, mix, memory, coupling: as in ``coupling_flow``.
+        time_features, context_features: inputs of the conditioners for ``t`` and ``context``. Labels are given as
+            one row per image, such as one-hot rows: ``g(x, context=F.one_hot(labels, 10).to(x.dtype))``.
 
     Raises:
         ValueError: an odd C at an odd resolution, a resolution that the UNet cannot halve often
@@ -194,7 +196,8 @@ def image_flow(
         raise ValueError(f"resolution must be even for an odd number of channels; got {(height, wide)}")
     features = 4 * channels if squeeze else channels
     seen = (height // 2, wide // 2) if squeeze else (height, wide)
-    make = _image_conditioner(conditioner, seen, width, activation, time_features, unet_options)
+    given = {"time_features": time_features, "context_features": context_features}
+    make = _image_conditioner(conditioner, seen, width, activation, given, unet_options)
     couplings = _couplings(
         features, depth, make, transform, scale_map, order, coupling, bins, tail_bound, "bins_first"
     )
@@ -212,17 +215,20 @@ def _image_conditioner(
     resolution: tuple[int, int],
     width: int,
     activation: str,
-    time_features: int,
+    given: Mapping[str, Any],
     unet_options: Mapping[str, Any] | None,
 ) -> Callable[[int, int], nn.Module]:
-    """A function (channels in, channels out) -> conditioner for images of this resolution."""
+    """A function (channels in, channels out) -> conditioner for images of this resolution.
+
+    ``given``: its time_features and context_features.
+    """
     check_choice("conditioner", kind, ("conv", "unet"))
     if unet_options is not None:
         check_kind("unet_options", unet_options, Mapping)
     if kind == "conv":
         if unet_options is not None:
             raise ValueError(f"unet_options need conditioner='unet'; got {dict(unet_options)}")
-        return lambda n_in, n_out: ConvNet(n_in, n_out, width, activation, time_features)
+        return lambda n_in, n_out: ConvNet(n_in, n_out, width, activation, **given)
     if activation != "silu":
         raise ValueError(f"a UNet has activation 'silu'; got {activation!r}")
     options = dict(unet_options or {})
@@ -230,7 +236,7 @@ def _image_conditioner(
         raise ValueError(f"unet_options may be {', '.join(_UNET_OPTIONS)}; got {unknown}")
 
     def unet(n_in: int, n_out: int) -> nn.Module:
-        network = UNet(n_in, n_out, resolution[0], width, time_features=time_features, **options)
+        network = UNet(n_in, n_out, resolution[0], width, **given, **options)
         factor = 2 ** (len(network.channel_mult) - 1)
         if any(side % factor for side in resolution):
             raise ValueError(f"a UNet sees {resolution} pixels: they must be multiples of {factor}")

@@ -1,4 +1,4 @@
-"""UNet: a convolutional conditioner that sees the whole image, with a time embedding.
+"""UNet: a convolutional conditioner that sees the whole image, with a time and a context.
 
 The encoder goes from the finest level to the coarsest. Each level is a 3 x 3 convolution to ``width``
 channels (the first level) or a block that halves the image, then ``blocks`` residual blocks. The
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_flag, check_number
-from ..conditioning import SinusoidalEmbedding, check_time_features, time_rows
+from ..conditioning import SinusoidalEmbedding, check_context, check_time_features, joined, time_rows
 from ..dispatch import autocast_dtype
 from ..freeze import derived
 from ..nets import check_input
@@ -26,10 +26,12 @@ from .unet_blocks import ResidualBlock, conv3x3, in_nchw, norm, start
 
 
 class UNet(nn.Module):
-    """[B, C_in, H, W] (+ time) -> [B, C_out, H, W].
+    """[B, C_in, H, W] (+ time, + context) -> [B, C_out, H, W].
 
-    A t that is a number or 0-d is folded into the biases of the convolutions; a t [B] costs one
-    more addition per block. Second derivatives of its attention are computed by torch's plain operations.
+    A network of three linear layers maps [embedded t | context] to the biases of the blocks' first convolutions.
+    It runs once where all samples share both (t is a number or 0-d, and the context [1, n]); a t [B] or a context
+    [B, n] costs one more addition per block. Second derivatives of its attention are computed by torch's plain
+    operations.
 
     Args:
         channels_in, channels_out: C_in and C_out.
@@ -43,10 +45,12 @@ class UNet(nn.Module):
         nchw_dropout: draw dropout masks in the order of contiguous NCHW images, so that a seed
             gives the masks that it gives in a network without channels_last. It is slower on a
             GPU; on a CPU masks are always drawn in this order.
+        context_features: size n of a ``context`` [B, n], or [1, n] for all samples; 0 for none.
 
     Raises:
         ValueError: a width that does not divide into equal groups; x that is not [B, C_in, H, W] or
-            cannot be halved often enough; t given to a network without time, or missing.
+            cannot be halved often enough; t or context is missing, of another shape, or given to a network
+            without an input for it.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class UNet(nn.Module):
         dropout: float = 0.1,
         time_features: int = 0,
         nchw_dropout: bool = False,
+        context_features: int = 0,
     ) -> None:
         super().__init__()
         self.channels_in = channels_in = check_count("channels_in", channels_in)
@@ -72,6 +77,8 @@ class UNet(nn.Module):
         self.dropout = check_number("dropout", dropout, 0.0, 1.0, below=True)
         self.time_features, self.nchw_dropout = check_time_features(time_features), nchw_dropout
         check_flag("nchw_dropout", nchw_dropout)
+        self.context_features = check_count("context_features", context_features, least=0)
+        given = self.time_features + self.context_features
         if not self.channel_mult:
             raise ValueError("channel_mult must hold a level; got none")
 
@@ -87,7 +94,8 @@ class UNet(nn.Module):
         self.norm = norm(levels[0][0])
         self.head = conv3x3(levels[0][0], channels_out, zero=True)
         self._shift_sizes = [block.conv0.out_channels for block in (*self.encoder, *self.decoder)]
-        self.time = _time_network(time_features, 4 * width, sum(self._shift_sizes)) if time_features else None
+        self.embedding = SinusoidalEmbedding(time_features) if time_features else None
+        self.time = _shift_network(given, 4 * width, sum(self._shift_sizes)) if given else None
         self._apply(lambda parameter: parameter)  # sets the weights' memory format
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> UNet:
@@ -127,13 +135,13 @@ class UNet(nn.Module):
         return blocks
 
     def _block(self, n_in: int, n_out: int, resample: str | None = None, attention: bool = False) -> ResidualBlock:
-        bias = not self.time_features
+        bias = not self.time_features and not self.context_features
         return ResidualBlock(n_in, n_out, resample, attention, self.dropout, self.nchw_dropout, bias)
 
-    def forward(self, x: Tensor, t: float | Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: float | Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """The network's output [B, C_out, H, W] for x [B, C_in, H, W]."""
         self._check(x)
-        shifts = self._shifts(x, t)
+        shifts = self._shifts(x, t, context)
         x = self.stem(x.contiguous(memory_format=_layout(in_nchw(x))))
         outputs = [x]
         for block, shift in zip(self.encoder, shifts, strict=False):
@@ -143,15 +151,22 @@ class UNet(nn.Module):
             x = block(torch.cat((x, outputs.pop()), dim=1) if joins else x, shift)
         return self.head(self.norm(x))
 
-    def _shifts(self, x: Tensor, t: float | Tensor | None) -> Sequence[Tensor | None]:
+    def _shifts(self, x: Tensor, t: float | Tensor | None, context: Tensor | None) -> Sequence[Tensor | None]:
         """For each block, the bias of its first convolution, [C] or [B, C]; None where it has its own."""
-        times = time_rows(t, x, self.time is not None, "UNet")
+        check_context("UNet", context, x, self.context_features)
+        times = time_rows(t, x, self.embedding is not None, "UNet")
         network = self.time
-        if network is None or times is None:
+        if network is None:
             return [None] * len(self._shift_sizes)
+
+        def compute() -> Tensor:
+            return network(joined(self.embedding, times, context, x.shape[0]))
+
         key = ("shifts", t, autocast_dtype(x.device.type))
-        rows = network(times) if isinstance(t, Tensor) else derived(self, key, lambda: network(times))
-        per_sample = isinstance(t, Tensor) and t.ndim == 1
+        rows = derived(self, key, compute) if context is None and not isinstance(t, Tensor) else compute()
+        per_sample = rows.shape[0] != 1 or (isinstance(t, Tensor) and t.ndim == 1)
+        if context is not None and torch.jit.is_tracing():  # the program must be right for a context of each sample
+            rows, per_sample = rows.expand(x.shape[0], -1), True
         return (rows if per_sample else rows[0]).split(self._shift_sizes, dim=-1)
 
     def _check(self, x: Tensor) -> None:
@@ -169,9 +184,10 @@ def _layout(nchw: bool) -> torch.memory_format:
     return torch.contiguous_format if nchw else torch.channels_last
 
 
-def _time_network(features: int, hidden: int, n_out: int) -> nn.Sequential:
-    """t [K] -> the biases of all blocks [K, n_out]."""
+def _shift_network(features: int, hidden: int, n_out: int) -> nn.Sequential:
+    """[embedded t | context] [K, features] -> the biases of all blocks [K, n_out]."""
     layers = [nn.Linear(features, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, n_out)]
     for layer in layers:
         start(layer, 1.0)
-    return nn.Sequential(SinusoidalEmbedding(features), layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])
+    # The Identity stands where the embedding of t was, so that the layers' names in files stay the same.
+    return nn.Sequential(nn.Identity(), layers[0], nn.SiLU(), layers[1], nn.SiLU(), layers[2])

@@ -7,7 +7,7 @@ With s = 1 / sqrt(2), which keeps the variance of a sum of two terms,
 
 x [B, C, H, W]; R averages 2 x 2 pixels, repeats each, or is the identity; P is a 1 x 1
 convolution where C changes or R resamples, else the identity; shift [C] or [B, C] carries
-the time and the bias of conv0. The weights of conv1, P and W_o include EDM's factor s, and
+the time, the context and the bias of conv0. The weights of conv1, P and W_o include EDM's factor s, and
 conv1's bias includes that of P, so that a block ends in one addition.
 
 Activations are kept in channels_last, in which a 1 x 1 convolution is a matrix product on

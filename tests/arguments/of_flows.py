@@ -119,9 +119,22 @@ FLOWS: dict[str, Good] = {
         context_features=0,
         **{k: v for k, v in FLOW.items() if k != "coupling"} | {"order": "scale_first"},
     ),
-    "ConvNet": made(lf.ConvNet, channels_in=2, channels_out=4, width=4, activation="silu", time_features=0),
-    "ConvNet.forward": method(
-        lambda: lf.ConvNet(2, 4, 4, time_features=4), "__call__", {"x": "b C h w"}, x=x(2, 2, 3, 3), t=0.5
+    "ConvNet": made(
+        lf.ConvNet,
+        channels_in=2,
+        channels_out=4,
+        width=4,
+        activation="silu",
+        time_features=0,
+        context_features=0,
+    ),
+    "ConvNet.forward": Good(
+        lambda: (
+            lf.ConvNet(2, 4, 4, time_features=4, context_features=3),
+            {"x": x(2, 2, 5, 5), "t": 0.5, "context": x(2, 3)},
+        ),
+        {"x": "B C h w", "context": "B N"},
+        allowed=ONE_ROW,
     ),
     "UNet": made(
         lf.UNet,
@@ -135,9 +148,15 @@ FLOWS: dict[str, Good] = {
         dropout=0.0,
         time_features=4,
         nchw_dropout=False,
+        context_features=0,
     ),
-    "UNet.forward": method(
-        lambda: lf.UNet(2, 4, 4, 4, (1,), 1, (), 0.0, 4), "__call__", {"x": "b C h w"}, x=x(2, 2, 4, 4), t=0.5
+    "UNet.forward": Good(
+        lambda: (
+            lf.UNet(2, 4, 4, 4, (1,), 1, (), 0.0, 4, context_features=3),
+            {"x": x(2, 2, 4, 4), "t": 0.5, "context": x(2, 3)},
+        ),
+        {"x": "B C h w", "context": "B N"},
+        allowed=ONE_ROW,
     ),
     "SinusoidalEmbedding": made(flows.SinusoidalEmbedding, features=4, max_period=100.0, scale=1.0),
     "SinusoidalEmbedding.forward": Good(
@@ -192,6 +211,7 @@ FLOWS: dict[str, Good] = {
         width=4,
         conditioner="conv",
         unet_options=None,
+        context_features=0,
         **FLOW,
     ),
     "same_space": Good(lambda: (flows.same_space, {"g": flow(), "h": flow()})),

@@ -51,6 +51,24 @@ def test_it_is_the_network_of_the_plain_form(name: str, training: bool) -> None:
         assert relative(value, truth) <= 1e-13
 
 
+@pytest.mark.parametrize(("time_features", "context_features"), [(0, 4), (0, 3), (4, 3)])
+def test_a_context_joins_the_embedding_of_the_time(time_features: int, context_features: int) -> None:
+    plain, x, t, context = _plain("one level"), _x(3, 2, 4, 4), _x(3), _x(3, context_features)
+    unet = unet_from_reference(plain)
+    own = lf.UNet(
+        *(2, 3, 4, 4, (1,), 3, (16,), 0.1),
+        time_features=time_features,
+        context_features=context_features,
+    ).double()
+    weights = unet.state_dict()
+    weights["time.1.weight"] = _x(16, time_features + context_features)
+    own.load_state_dict(weights)
+    plain.map_layer0.weight = torch.nn.Parameter(weights["time.1.weight"])
+    plain.map_noise.register_forward_hook(lambda _, t, e: torch.cat((e[:, :time_features], context), 1))
+    found = own.eval()(x, t if time_features else None, context)
+    assert relative(found, plain(x, t)) <= 1e-13
+
+
 def test_every_parameter_has_the_gradient_of_the_plain_form() -> None:
     plain = _plain("three levels")
     unet, x, t, s = unet_from_reference(plain).double().eval(), _x(2, 2, 8, 8), _x(2), 0.5**0.5
@@ -215,10 +233,12 @@ def test_first_and_second_derivatives() -> None:
     assert torch.autograd.gradgradcheck(unet, (x,))
 
 
-def test_it_compiles_whole() -> None:
-    unet, x = _unet(channel_mult=(1,)).eval(), _x()
+@pytest.mark.parametrize("context", [None, _x(1, 2), _x(3, 2)], ids=["time", "one context", "contexts"])
+def test_it_compiles_whole(context: Tensor | None) -> None:
+    unet, x = _unet(channel_mult=(1,), context_features=0 if context is None else 2).eval(), _x()
+    torch.compiler.reset()
     compiled = torch.compile(unet, fullgraph=True, backend="eager")
-    assert relative(compiled(x, 0.3), unet(x, 0.3)) <= 1e-13
+    assert relative(compiled(x, 0.3, context), unet(x, 0.3, context)) <= 1e-13
 
 
 def test_it_is_saved_and_loaded(tmp_path) -> None:

@@ -64,6 +64,7 @@ _IMAGE = recipe(
     depth=st.integers(1, 3),
     width=st.integers(1, 6),
     time_features=st.sampled_from([0, 0, 4]),
+    context_features=st.sampled_from([0, 0, 2]),
     **_SHARED,
 )
 _LISTED = recipe(
@@ -104,7 +105,7 @@ def build(made: dict[str, Any]) -> tuple[nn.Module, tuple[int, ...]]:
     elif made["make"] == "image_flow":
         even = 2 if made["channels"] % 2 else 1
         side = tuple(even * s for s in made["side"])
-        own = ("channels", "depth", "width", "time_features")
+        own = ("channels", "depth", "width", "time_features", "context_features")
         g = lf.image_flow(**{k: made[k] for k in own}, resolution=side, **options)  # type: ignore[arg-type]
         shape = (made["channels"], *side)
     else:

@@ -90,6 +90,10 @@ CONDITIONED: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         lambda: _conditional(time_features=4, context_features=4),
         {"t": torch.tensor(0.3), "context": torch.ones(BATCH, 4)},
     ),
+    "images in a context": (
+        lambda: lf.image_flow(2, (1, 3), 1, 4, context_features=4),
+        {"context": torch.ones(BATCH, 4)},
+    ),
     "Dense": (lambda: _linearizer(lf.Dense(6)), {}),
     "Dense, two g": (lambda: _linearizer(lf.Dense(6), g_y=True), {}),
     "Diagonal": (lambda: _linearizer(lf.Diagonal(6)), {}),
@@ -118,7 +122,8 @@ def test_what_takes_more_than_x_trains_compiled(name: str) -> None:
         context = {k: v.to(x) if isinstance(v, Tensor) else v for k, v in given.items()}
         return g(x, **context), g.inverse(x, **context)
 
-    _assert_trains(perturb(make()).float(), both_ways, torch.randn(BATCH, 6), "aot_eager")
+    shape = (2, 1, 3) if name.startswith("images") else (6,)
+    _assert_trains(perturb(make()).float(), both_ways, torch.randn(BATCH, *shape), "aot_eager")
 
 
 def _assert_trains(model: nn.Module, call: Callable[..., Outputs], x: Tensor, backend: str) -> None:

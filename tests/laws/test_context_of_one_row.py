@@ -32,7 +32,17 @@ def _from_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 def _residual(**options: Any) -> lf.Flow:
     nets = [lf.ResidualMLP(3, 6, 8, activation="elu", context_features=C, **options) for _ in range(2)]
-    return lf.Flow([lf.AffineCoupling(n, D, m) for n, m in zip(nets, ("first", "second"), strict=True)])
+    layers = [lf.AffineCoupling(n, D, m) for n, m in zip(nets, ("first", "second"), strict=True)]
+    return lf.Flow(layers, shape=(D,))
+
+
+def _images(transform: str = "affine", **options: Any) -> lf.Flow:
+    return lf.image_flow(2, 2, 2, 4, transform=transform, context_features=C, **options)
+
+
+def _unets(transform: str = "affine", **options: Any) -> lf.Flow:
+    unet = {"blocks": 1, "channel_mult": (1,), "dropout": 0.0}
+    return _images(transform, conditioner="unet", unet_options=unet, **options)
 
 
 FLOWS: dict[str, tuple[Callable[[], lf.Flow], dict[str, Any]]] = {
@@ -50,6 +60,15 @@ FLOWS: dict[str, tuple[Callable[[], lf.Flow], dict[str, Any]]] = {
     "masked, time": (lambda: lf.autoregressive_flow(D, 2, (8,), context_features=C, time_features=4), {"t": 0.3}),
     "residual": (_residual, {}),
     "residual, time": (lambda: _residual(time_features=4), {"t": 0.3}),
+    "images": (lambda: _images("additive"), {}),
+    "images, time": (lambda: _images("spline", time_features=4), {"t": 0.3}),
+    "images, times": (lambda: _images(time_features=4), {"t": torch.linspace(0, 1, B).double()}),
+    "images, UNets": (lambda: _unets("spline"), {}),
+    "images, UNets, time": (lambda: _unets(time_features=4), {"t": 0.3}),
+    "images, UNets, times": (
+        lambda: _unets("additive", time_features=4),
+        {"t": torch.linspace(0, 1, B).double()},
+    ),
 }
 
 
@@ -73,7 +92,7 @@ def _values(g: lf.Flow, method: str, x: Tensor, context: Tensor, rest: dict[str,
 def test_a_row_is_given_to_every_sample(name: str, method: str, memory: str) -> None:
     g, rest = _flow(name)
     g.memory = memory
-    x, row = torch.randn(B, D).double(), torch.randn(1, C).double()
+    x, row = torch.randn(B, *g.shape).double(), torch.randn(1, C).double()
     expected = _values(g, method, x, row.expand(B, -1), rest)
     for got, value in zip(_values(g, method, x, row, rest), expected, strict=True):
         assert relative(got, value) < 1e-10
@@ -92,7 +111,7 @@ def test_batches_of_none_and_one_and_a_frozen_flow(name: str) -> None:
     rest = {"t": 0.3} if rest else {}
     row, other = torch.randn(2, 1, C).double()
     for batch in (0, 1, B):
-        x = torch.randn(batch, D).double()
+        x = torch.randn(batch, *g.shape).double()
         assert g(x, context=row, **rest).shape == x.shape
         assert g.inverse(x, context=row, **rest).shape == x.shape
     with torch.no_grad():
@@ -107,7 +126,7 @@ def test_batches_of_none_and_one_and_a_frozen_flow(name: str) -> None:
 def test_a_trace_with_an_expanded_context_keeps_a_row_per_sample(name: str, tracer: str) -> None:
     g, rest = _flow(name)
     g.requires_grad_(False)
-    x, row, contexts = torch.randn(B, D).double(), torch.randn(1, C).double(), torch.randn(B, C).double()
+    x, row, contexts = torch.randn(B, *g.shape).double(), torch.randn(1, C).double(), torch.randn(B, C).double()
 
     def run(x: Tensor, context: Tensor) -> Tensor:
         return g(x, context=context, **rest)
@@ -149,12 +168,12 @@ def test_a_coupling_stack_with_a_row_is_one_launch() -> None:
         assert relative(got, value) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["couplings", "masked", "residual"])
+@pytest.mark.parametrize("name", ["couplings", "masked", "residual", "images", "images, UNets"])
 @pytest.mark.parametrize("shape", [(2, C), (1, C + 1), (C,), (1, 1, C)])
 def test_other_sizes_are_refused(name: str, shape: tuple[int, ...]) -> None:
     g, _ = _flow(name)
     with pytest.raises(ValueError, match=r"context must be \[40, 3\] or \[1, 3\] .*got "):
-        g(torch.randn(B, D).double(), context=torch.ones(shape).double())
+        g(torch.randn(B, *g.shape).double(), context=torch.ones(shape).double())
 
 
 @pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")

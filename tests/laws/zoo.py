@@ -64,6 +64,15 @@ def _spline(features: int, moves: str = "first", **options: object) -> Bijection
     return lf.SplineCoupling(conditioner, features, moves, 5, **options)  # type: ignore[arg-type]
 
 
+def _timed_splines(**options: int) -> lf.Flow:
+    return lf.image_flow(2, 4, 2, 8, transform="spline", time_features=8, **options)
+
+
+def _in_context(g: lf.Flow, **context: object) -> Bijection:
+    """The flow in one context of three numbers."""
+    return g.at(context=torch.tensor([[0.5, -1.0, 2.0]]), **context)
+
+
 Make = Callable[[], Bijection]
 
 # name -> (make, sample shape)
@@ -139,6 +148,19 @@ IMAGES: dict[str, tuple[Make, tuple[int, ...]]] = {
     "image-flow-unet": (lambda: _unet_flow(2, depth=3), (2, 4, 4)),
     "image-flow-unet-timed": (lambda: _unet_flow(1, depth=2, time_features=8).at(t=0.3), (1, 8, 8)),
     "image-flow-timed": (lambda: lf.image_flow(2, 4, 2, 8, time_features=8).at(t=0.3), (2, 4, 4)),
+    "image-flow-context": (lambda: _in_context(lf.image_flow(1, 4, 2, 8, context_features=3)), (1, 4, 4)),
+    "image-flow-context-timed": (
+        lambda: _in_context(_timed_splines(context_features=3), t=0.3),
+        (2, 4, 4),
+    ),
+    "image-flow-unet-context": (
+        lambda: _in_context(_unet_flow(2, depth=2, transform="additive", context_features=3)),
+        (2, 4, 4),
+    ),
+    "image-flow-unet-context-timed": (
+        lambda: _in_context(_unet_flow(2, depth=2, time_features=8, context_features=3), t=0.3),
+        (2, 4, 4),
+    ),
 }
 BIJECTIONS = {**VECTORS, **IMAGES}
 

@@ -216,7 +216,8 @@ def test_an_interruption_is_one_line_that_says_how_to_go_on(
             capture_output=True, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == status, done.stderr
-        return done.stderr
+        lines = done.stderr.splitlines(keepends=True)
+        return "".join(line for line in lines if not line.startswith("training: "))  # progress, on a slow machine
 
     assert _train("ign", whole, *small) == 0
     said = interrupted_at(1)
