@@ -22,6 +22,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -142,6 +143,37 @@ class ScaleMap:
             check_number("bound", self.bound, 0.0, math.inf, above=True)
         if self.floor is not None:
             check_number("floor", self.floor, 0.0)
+        object.__setattr__(self, "log_scale_function", self._log_scale_function())
+        object.__setattr__(self, "scale_function", self._scale_function())
+
+    def __reduce__(self) -> tuple[type, tuple[str, float | None, float | None]]:
+        return ScaleMap, (self.kind, self.bound, self.floor)
+
+    if TYPE_CHECKING:  # they are attributes: torch.compile warns of functions with a cache
+
+        @property
+        def log_scale_function(self) -> Callable[[Tensor], Tensor]:
+            """raw -> log s as ``log_scale``, without the check of its argument, for use in loops."""
+            raise NotImplementedError
+
+        @property
+        def scale_function(self) -> Callable[[Tensor], Tensor]:
+            """raw -> e^s, which for sigmoid and softplus needs neither a logarithm nor an exponential of one."""
+            raise NotImplementedError
+
+    def _log_scale_function(self) -> Callable[[Tensor], Tensor]:
+        bound, floor = self.constants
+        if self.kind == "tanh" and bound == 1:
+            return torch.tanh
+        function: Callable[..., Tensor] = _KINDS[self.kind].log_scale
+        return functools.partial(function, c=bound, floor=floor)
+
+    def _scale_function(self) -> Callable[[Tensor], Tensor]:
+        kind, (bound, floor) = _KINDS[self.kind], self.constants
+        function: Callable[..., Tensor] | None = kind.scale
+        if function is not None:
+            return functools.partial(function, c=bound, floor=floor)
+        return lambda raw: kind.log_scale(raw, bound, floor).exp()
 
     @property
     def constexpr_id(self) -> int:
@@ -169,23 +201,3 @@ class ScaleMap:
         """The raw value r with log_scale(r) = ``log_scale``, elementwise; only inside the map's open range."""
         check_tensor("log_scale", log_scale)
         return _KINDS[self.kind].inverse(log_scale, *self.constants)
-
-
-@functools.lru_cache
-def log_scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
-    """``scale_map.log_scale`` without its argument check, for use in loops."""
-    bound, floor = scale_map.constants
-    if scale_map.kind == "tanh" and bound == 1:
-        return torch.tanh
-    function: Callable[..., Tensor] = _KINDS[scale_map.kind].log_scale
-    return functools.partial(function, c=bound, floor=floor)
-
-
-@functools.lru_cache
-def scale_function(scale_map: ScaleMap) -> Callable[[Tensor], Tensor]:
-    """raw -> e^s, which for sigmoid and softplus needs neither a logarithm nor an exponential of one."""
-    kind, (bound, floor) = _KINDS[scale_map.kind], scale_map.constants
-    function: Callable[..., Tensor] | None = kind.scale
-    if function is not None:
-        return functools.partial(function, c=bound, floor=floor)
-    return lambda raw: kind.log_scale(raw, bound, floor).exp()

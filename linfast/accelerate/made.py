@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..flows.reversible import DROPOUTS
 from ..ops.masked_autoregressive import Extras
-from ..scale_maps import ScaleMap, scale_function
+from ..scale_maps import ScaleMap
 from .adapter import Adapter, Unfit
 from .identity import changed_method, defined_as, is_hooked, original_class
 from .masked import (
@@ -91,7 +91,7 @@ def made_adapter(
 
 def affine_of(scale_map: ScaleMap) -> Affine:
     """The affine transform with this scale, whose logarithm is computed from the scale, as in these libraries."""
-    scale = scale_function(scale_map)
+    scale = scale_map.scale_function
     return Affine(scale, lambda raw: scale(raw).log(), scale_map)
 
 

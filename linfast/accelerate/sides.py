@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.channel_mix import channel_mix
 from ..ops.stack_weights import AffineMap
-from ..scale_maps import ScaleMap, log_scale_function
+from ..scale_maps import ScaleMap
 from .adapter import Unfit
 
 Params = Tensor | tuple[Tensor, Tensor]
@@ -119,7 +119,7 @@ class Tail:
         if self.layout == "shift" or self.own is not None:
             return self.own
         assert self.scale_map is not None
-        return log_scale_function(self.scale_map)
+        return self.scale_map.log_scale_function
 
     def halves(self, params: Params) -> Tensor:
         """[shift | raw] of params [B, 2 moved, ...], or of a pair; the shift is negated where ``undoes``."""

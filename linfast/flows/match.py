@@ -35,7 +35,7 @@ from ..ops.stack_weights import PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
 from ..residual_net import ResidualMLP, shared_context
 from ..rows import by_rows, rows_at_once
-from ..scale_maps import ScaleMap, log_scale_function
+from ..scale_maps import ScaleMap
 from .autoregressive import MaskedAutoregressive
 from .couplings import AffineCoupling
 from .remembered import recall, remember
@@ -225,7 +225,7 @@ def _recognised(layers: Iterable[Any], x: Tensor, context: Context, takes: bool)
             run = Couplings([], [], layer.features, x.dtype)
             segments.append(run)
         if layer.scale_map is not scale_map:
-            scale_map, log_scale = layer.scale_map, log_scale_function(layer.scale_map)
+            scale_map, log_scale = layer.scale_map, layer.scale_map.log_scale_function
         options = layer.order == "scale_first", layer.layout == "interleaved", HALVES.index(layer.moves)
         activation = ACTIVATIONS[known.activation]
         run.layers.append(layer)

@@ -33,7 +33,7 @@ from ..kernels.spline_spec import Spline
 from ..kernels.stack_configs import mode_on, target_of
 from ..kernels.stack_spec import N_PARTS
 from ..precision import half_dtype, resolve_precision
-from ..scale_maps import ScaleMap, log_scale_function, scale_function
+from ..scale_maps import ScaleMap
 from .affine_coupling import ORDERS
 from .autoregressive_masks import AutoregressiveMasks
 from .masked_plain import MASKED_ACTIVATIONS, differentiable, plain, plain_backward
@@ -130,9 +130,9 @@ def _forward(
     if scale_map is None:
         return (x + shift).to(dtype), shift.new_zeros(x.shape[0]) if log_det else None
     raw = params[..., int(not masks.raw_first)]
-    scale = scale_function(scale_map)(raw)
+    scale = scale_map.scale_function(raw)
     y = torch.addcmul(shift, x, scale) if order == "scale_first" else (x + shift) * scale
-    return y.to(dtype), log_scale_function(scale_map)(raw).sum(1) if log_det else None
+    return y.to(dtype), scale_map.log_scale_function(raw).sum(1) if log_det else None
 
 
 def masked_network(

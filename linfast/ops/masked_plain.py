@@ -16,7 +16,7 @@ from torch import Tensor
 from ..dispatch import records_gradients
 from ..kernels.masked_spec import MaskedSpec, masked_spec_of
 from ..kernels.spline_spec import Spline, spline_of_numbers
-from ..scale_maps import SCALE_MAP_KINDS, ScaleMap, log_scale_function, scale_function
+from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
 from .activations import ACTIVATIONS
 from .affine_coupling import ORDERS, couple, couple_backward
 from .masked_walk import Network, evaluate, walk
@@ -67,7 +67,7 @@ def _scale_map(spec: MaskedSpec) -> ScaleMap:
 
 def _scales(spec: MaskedSpec) -> tuple[Elementwise, Elementwise]:
     """Functions from raw to e^s and to s."""
-    return scale_function(_scale_map(spec)), log_scale_function(_scale_map(spec))
+    return _scale_map(spec).scale_function, _scale_map(spec).log_scale_function
 
 
 def differentiable(

@@ -137,3 +137,11 @@ def _assert_trains(model: nn.Module, call: Callable[..., Outputs], x: Tensor, ba
     assert [value is None for value in got] == [value is None for value in expected]
     for value, truth in zip(got, expected, strict=True):
         assert truth is None or relative(value, truth) <= 64 * torch.finfo(torch.float32).eps
+
+
+def test_compiling_a_flow_gives_no_warning_of_a_cache(recwarn: pytest.WarningsRecorder) -> None:
+    """torch.compile warns of functools.lru_cache, which it does not see through."""
+    torch._dynamo.reset()
+    p, x = lf.Density(lf.coupling_flow(4, 2, (8,))), torch.randn(3, 4)
+    torch.testing.assert_close(torch.compile(p, fullgraph=True, backend="eager")(x), p(x))
+    assert not [str(warning.message) for warning in recwarn if "lru_cache" in str(warning.message)]

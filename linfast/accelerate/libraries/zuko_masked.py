@@ -24,7 +24,6 @@ from torch.distributions import Transform
 
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
-from ...scale_maps import log_scale_function, scale_function
 from ..adapter import Adapter, Draw, Unfit
 from ..identity import PLAN, changed_method, defined_as, find_class, is_hooked, is_own_method, original_class
 from ..masked import (
@@ -140,7 +139,7 @@ def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[An
     if scale_map is not None:
         if not all(is_own_method(function, method) for method in _AFFINE):
             raise Unfit("a method of its univariate was replaced: not the library's own")
-        affine = Affine(scale_function(scale_map), log_scale_function(scale_map), scale_map)
+        affine = Affine(scale_map.scale_function, scale_map.log_scale_function, scale_map)
         return "affine, smooth", affine, replace(affine, log_scale=None), ()
     name = getattr(function, "__name__", type(function).__name__)
     if (spline := find_spline(lazy)) is not None:
