@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shlex
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from linfast.examples import commands
+from linfast.examples.one_step import OneStepModel, build_one_step, conditioned
 
 import linfast as lf
 from linfast.cli import main
@@ -34,13 +37,50 @@ def test_it_prints_what_it_measured(quick) -> None:
     assert float(re.search(r"inversion of 64 held-out digits +([\d.]+) dB", text)[1]) >= 80
     assert float(re.search(r"superposition.* ([\d.e-]+) relative", text)[1]) <= 1e-5
     assert len(re.findall(r"\d\.\d{4}$", text, re.MULTILINE)) == 6
+    share, real = map(float, re.search(r"has the same label +([\d.]+)% \(held-out digits ([\d.]+)%\)", text).groups())
+    assert 12 <= share < real <= 100  # an untrained model gives 10%, a class each at random
 
 
 def test_it_saves_a_figure_and_a_model_that_samples(quick) -> None:
     _, out = quick
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
-    f = lf.load(out / "model.safetensors")
+    f = conditioned(lf.load(out / "model.safetensors"), torch.eye(10)[7:8])
     assert lf.sample(f, torch.randn(2, 64), steps=5).shape == (2, 64)
+
+
+def test_the_command_that_it_names_next_samples_the_class(quick, tmp_path, monkeypatch) -> None:
+    text, out = quick
+    monkeypatch.chdir(tmp_path)
+    named = shlex.split(re.search(r"next: +linfast (.*)", text)[1])
+    assert main([*named, "--seed", "3"]) == 0
+    found = torch.from_numpy(np.load("x.npy"))
+    f = lf.load(out / "model.safetensors").eval()
+    for label, same in ((7, True), (6, False)):
+        one = conditioned(f, torch.eye(10)[label : label + 1])
+        expected = next(lf.sample_stream(one, 4096, 4096, seed=3))
+        assert torch.allclose(found[: len(expected)], expected, atol=1e-5) == same
+
+
+def test_other_images_are_sampled_without_labels(tmp_path, monkeypatch, capsys) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "x.npz", x=rng.integers(0, 256, (100, 4, 4), dtype=np.uint8))
+    monkeypatch.setattr(commands, "_QUICK", (replace(commands._QUICK[0], rank=16), 2))
+    assert main(["demo", "--quick", "--data", str(tmp_path / "x.npz"), "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "same label" not in text
+    assert "--label" not in text
+
+
+@pytest.mark.parametrize(
+    ("label", "labels", "expected"),
+    [(10, True, "0 to 9; got 10"), (-1, True, "0 to 9; got -1"), (0, False, "none: the model takes no labels; got 0")],
+)
+def test_a_wrong_label_is_one_line(tmp_path, capsys, label: int, labels: bool, expected: str) -> None:
+    model = OneStepModel(hidden=8, depth=2)
+    lf.save(build_one_step(model, 4, 10 if labels else 0), tmp_path / "f.safetensors")
+    given = ["--checkpoint", str(tmp_path / "f.safetensors"), "--count", "2", "--out", str(tmp_path / "x.npy")]
+    assert main(["sample", *given, f"--label={label}"]) == 2
+    assert capsys.readouterr().err == f"linfast sample: error: label must be one of {expected}\n"
 
 
 def test_bad_input_is_one_line(tmp_path, capsys) -> None:
