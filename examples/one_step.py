@@ -43,12 +43,12 @@ class OneStepModel(Settings):
     depth: int = setting(6, "couplings", whole(1, DEPTH))
     hidden: int = setting(192, "width of their conditioners", whole(1, WIDTH))
     mix: str | None = choice(
-        None, "mix after each coupling, with an ActNorm before it (default: neither)",
+        None, "mix between couplings, with ActNorms (default: none; with conv lu, without ActNorms)",
         "lu", "free", "householder", "permute",
     )  # fmt: skip
-    labels: bool = setting(False, "condition the data's own flow on the class of the image: y of the file")
-    operator: str = choice("low-rank", "A_t: factors or weights that depend on t", "low-rank", "diagonal")
-    rank: int = setting(16, "of A_t", whole(1, WIDTH))
+    labels: bool = setting(False, "sample by class: a flow of the data's own takes the label, y of the file")
+    operator: str = choice("low-rank", "A_t = U(t) V(t)^T, or U diag(w(t)) V^T of full rank", "low-rank", "diagonal")
+    rank: int = setting(16, "of a low-rank A_t", whole(1, WIDTH))
     time_hidden: int = setting(256, "width of the networks that generate A_t", whole(1, WIDTH))
     separate: bool = setting(False, "one flow per side, in place of one with a time input")
     latent_noise: float = setting(0.1, "standard deviation added to latents before decoding", real())
@@ -63,17 +63,20 @@ def build_one_step(model: OneStepModel, resolution: int, classes: int = 0) -> Li
     pixels = resolution**2
 
     def flow(depth: int, **inputs: int) -> Flow:
-        options: dict[str, Any] = {"mix": model.mix, "actnorm": model.mix is not None, **inputs}
+        options: dict[str, Any] = inputs if model.mix is None else {"mix": model.mix, "actnorm": True, **inputs}
         if model.flow == "mlp":
             return coupling_flow(pixels, depth, (model.hidden, model.hidden), **options)
         return image_flow(1, resolution, depth, model.hidden, **options)
 
-    if model.rank > pixels:
+    if model.rank > pixels and model.operator == "low-rank":
         raise ValueError(f"rank must be at most the {pixels} pixels; got {model.rank}")
-    kind = {"low-rank": TimeLowRank, "diagonal": TimeDiagonal}[model.operator]
-    A_t = kind(pixels, model.rank, alpha=0.0, hidden=model.time_hidden)
+    if classes and model.flow != "mlp":
+        raise ValueError(f"labels need the flow mlp; got {model.flow!r}")
+    kind, rank = (TimeLowRank, model.rank) if model.operator == "low-rank" else (TimeDiagonal, pixels)
+    A_t = kind(pixels, rank, alpha=0.0, hidden=model.time_hidden)
     if model.separate or classes:
-        return Linearizer(flow(model.depth, context_features=classes), A_t, flow(_NOISE_DEPTH))
+        of_data = flow(model.depth, context_features=classes) if classes else flow(model.depth)
+        return Linearizer(of_data, A_t, flow(_NOISE_DEPTH))
     g = flow(model.depth, time_features=16)
     return Linearizer(g.at(t=1.0), A_t, g.at(t=0.0))
 
