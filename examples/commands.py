@@ -55,8 +55,10 @@ def add_demo(commands: Any) -> None:
     def call(options: argparse.Namespace) -> None:
         where = {name: getattr(options, name) for name in ("data", "out", "device", "resume", "overwrite")}
         if run_demo(options.quick, options.seed, **where) is not None:
-            model, label = shlex.quote(str(Path(options.out) / MODEL)), "" if options.data else "--label 7 "
-            print(f"next:    linfast sample --checkpoint {model} {label}--count 10000 --out x.npy\n         linfast train ign")
+            model = shlex.quote(str(Path(options.out) / MODEL))
+            label = "" if options.data else " --label 7"
+            print(f"next:    linfast sample --checkpoint {model}{label} --count 10000 --out x.npy")
+            print("         linfast train ign")
 
     _add_run(parser, "linfast-demo", _IMAGES, call)
 

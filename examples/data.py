@@ -77,7 +77,7 @@ def load_labels(path: str | Path | None, count: int) -> Tensor:
         y = load_digits().target
     else:
         with np.load(path, allow_pickle=False) as archive:
-            y = np.asarray(archive["y"] if "y" in archive else None)
+            y = np.asarray(archive.get("y"))
     if y.dtype.kind not in "iu" or y.shape != (count,) or not 0 <= y.min() <= y.max() < _CLASSES:
         got = "none" if y.shape == () else f"{y.dtype} {y.shape}"
         raise ValueError(f"{path}: y must be whole numbers from 0 to {_CLASSES - 1}, [{count}]; got {got}")

@@ -52,8 +52,8 @@ def refuse_existing(
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """Shows progress on stderr: a tqdm bar on a terminal where tqdm is installed, else a line every few seconds.
 
-    Both state ``what``, how many of ``total`` units are done, the seconds passed and left, and ``note``, such as the
-    loss.
+    Both state ``what``, how many of ``total`` units are done, the seconds passed and left, and ``note``, such as
+    the loss.
     """
 
     def __init__(self, what: str, done: int, total: int, unit: str, enabled: bool = True) -> None:

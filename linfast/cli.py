@@ -142,7 +142,7 @@ def _of_class(f: Linearizer, label: int) -> Linearizer:
     """f with the context of its g_x fixed at a one-hot label; ValueError where g_x does not take such a label."""
     classes = max(getattr(module, "context_features", 0) for module in f.g_x.modules())
     if not 0 <= label < classes:
-        known = f"0 to {classes - 1}" if classes else "none: the model takes no labels"
+        known = f"0 to {classes - 1}" if classes else "none: the model takes none"
         raise ValueError(f"label must be one of {known}; got {label}")
     context = next(f.parameters()).new_zeros(1, classes)
     context[0, label] = 1

@@ -70,7 +70,7 @@ def one_step_loss(
         t: times [B] in [0, 1); by default drawn uniformly.
         e_1, e_0: the noise e of the reconstructions of data and noise, in the shapes of z_1 and z_0; by default
             drawn standard normal.
-        context: what g_x is conditioned on, [B, C], such as one-hot labels; g_y is not given it.
+        context: what g_x is conditioned on, [B, C] or [1, C], such as one-hot labels; g_y is not given it.
 
     Raises:
         TypeError: A does not depend on time, or an argument is of another type.
@@ -83,6 +83,8 @@ def one_step_loss(
         check_given("x_1", x_1, x_1.shape, x_0=x_0)
         check_given("x_1", x_1, x_1.shape[:1], t=t)
         x_0 = torch.randn_like(x_1) if x_0 is None else x_0
+        if context is not None:
+            check_tensor("context", context, x_1, "x_1", same_dtype=True)
         given = {} if context is None else {"context": context}
         z_1, nll = _encode(f, x_1, likelihood, given)
         z_0 = said_of("x_0", f.gy, x_0)

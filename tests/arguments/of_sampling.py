@@ -83,6 +83,7 @@ SAMPLING: dict[str, Good] = {
             },
         ),
         {"x_1": "B D", "x_0": "B D", "t": "B", "e_1": "B D", "e_0": "B D", "context": "B C"},
+        allowed={"context": {"dimension 0 of size 1"}},
     ),
     "idempotent_loss": Good(
         lambda: (

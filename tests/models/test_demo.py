@@ -83,7 +83,7 @@ def test_samples_are_compared_with_the_nearest_training_image(monkeypatch) -> No
 
 @pytest.mark.parametrize(
     ("label", "labels", "expected"),
-    [(10, True, "0 to 9; got 10"), (-1, True, "0 to 9; got -1"), (0, False, "none: the model takes no labels; got 0")],
+    [(10, True, "0 to 9; got 10"), (-1, True, "0 to 9; got -1"), (0, False, "none: the model takes none; got 0")],
 )
 def test_a_wrong_label_is_one_line(tmp_path, capsys, label: int, labels: bool, expected: str) -> None:
     model = OneStepModel(hidden=8, depth=2)
