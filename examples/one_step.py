@@ -201,7 +201,7 @@ def _in_turn(labels: Tensor) -> Tensor:
 def _alike(context: Tensor | None) -> Tensor:
     """Two rows of one class, where there are such; without classes the first two rows."""
     same = [] if context is None else [rows[:2] for one in context.T if len(rows := one.nonzero()[:, 0]) > 1]
-    return same[len(same) // 3] if same else torch.arange(2)
+    return same[len(same) * 2 // 5] if same else torch.arange(2)
 
 
 def _path(f: Linearizer, start: Tensor, end: Tensor) -> Tensor:
