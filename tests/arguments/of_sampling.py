@@ -114,7 +114,7 @@ SAMPLING: dict[str, Good] = {
                 "context": x(8, 2),
             },
         ),
-        {"data": "n D", "context": "n C"},
+        {"data": "n D", "context": "n c"},
     ),
     "IdempotentGeneration": Good(
         lambda: (
