@@ -29,7 +29,7 @@ __all__ = ["add_demo", "add_train", "run_demo"]
 _IMAGES = "an .npz file with x: uint8 [N, side, side] (default: scikit-learn's 8 x 8 digits)"
 _PICTURES = "a folder of PNGs: a content picture and its styled versions"
 _READERS = {_IMAGES: "sklearn.datasets", _PICTURES: "PIL.Image"}
-# Full: digits that can be read, in under a minute on 2 cores. Quick: most can be read, in under 20 s.
+# Full: digits that can be read, in under a minute on 2 cores. Quick: most can be read, in under 30 s.
 _FULL = (OneStepModel(separate=True, likelihood=2.0, mix="permute", operator="diagonal", time_hidden=64), 600)
 _QUICK = (replace(_FULL[0], depth=4, hidden=96), 400)
 
@@ -47,7 +47,7 @@ def run_demo(quick: bool = False, seed: int = 0, **where: Any) -> Linearizer | N
 def add_demo(commands: Any) -> None:
     """Add ``demo`` to the command line."""
     parser = commands.add_parser("demo", help="train a small Linearizer on digits and look at it")
-    quick = "a smaller model, under 20 seconds; some digits cannot be read"
+    quick = "a smaller model, under 30 seconds; some digits cannot be read"
     parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", help=_IMAGES)
