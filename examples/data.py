@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["held_out", "load_images", "load_pictures"]
+__all__ = ["held_out", "load_images", "load_labels", "load_pictures"]
 
 _LARGEST_DEFAULT = 16  # pixels per side
 _HELD_OUT = 1000  # images
+_CLASSES = 1000  # at most
 
 
 def load_images(path: str | Path | None = None, resolution: int | None = None) -> Tensor:
@@ -61,12 +62,34 @@ def _read(path: Path) -> np.ndarray:
     return x
 
 
-def held_out(images: Tensor) -> tuple[Tensor, Tensor]:
-    """(training images, held-out images): every tenth, or about 1000 evenly spread, as files may be sorted."""
-    every = max(10, len(images) // _HELD_OUT)
-    held = torch.zeros(len(images), dtype=torch.bool)
+def load_labels(path: str | Path | None, count: int) -> Tensor:
+    """The class of each of the ``count`` images that ``load_images(path)`` returns, one-hot [count, classes].
+
+    Args:
+        path: an .npz file with ``y``, whole numbers from 0, [count]; by default the digits of scikit-learn.
+
+    Raises:
+        ValueError: there is no such ``y`` in the file.
+    """
+    if path is None:
+        from sklearn.datasets import load_digits
+
+        y = load_digits().target
+    else:
+        with np.load(path, allow_pickle=False) as archive:
+            y = np.asarray(archive.get("y"))
+    if y.dtype.kind not in "iu" or y.shape != (count,) or not 0 <= y.min() <= y.max() < _CLASSES:
+        got = "none" if y.shape == () else f"{y.dtype} {y.shape}"
+        raise ValueError(f"{path}: y must be whole numbers from 0 to {_CLASSES - 1}, [{count}]; got {got}")
+    return F.one_hot(torch.from_numpy(y.astype(np.int64))).float()
+
+
+def held_out(data: Tensor) -> tuple[Tensor, Tensor]:
+    """(training rows, held-out rows) of images or labels: every tenth, or about 1000, as files may be sorted."""
+    every = max(10, len(data) // _HELD_OUT)
+    held = torch.zeros(len(data), dtype=torch.bool)
     held[every - 1 :: every] = True
-    return images[~held], images[held]
+    return data[~held], data[held]
 
 
 def load_pictures(folder: str | Path, resolution: int) -> dict[str, Tensor]:

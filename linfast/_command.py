@@ -52,13 +52,15 @@ def refuse_existing(
 class Progress(contextlib.AbstractContextManager["Progress"]):
     """Shows progress on stderr: a tqdm bar on a terminal where tqdm is installed, else a line every few seconds.
 
-    A line states ``what``, the number of ``total`` units done, the elapsed seconds, and ``note``, such as the loss.
+    Both state ``what``, how many of ``total`` units are done, the seconds passed and left, and ``note``, such as
+    the loss.
     """
 
     def __init__(self, what: str, done: int, total: int, unit: str, enabled: bool = True) -> None:
         self.what, self.total, self.unit, self.note = what, total, unit, ""
         self.enabled = enabled and sys.stderr is not None
-        self._start = self._last = time.monotonic()
+        self._begun, self._start = done, time.monotonic()
+        self._last = self._start
         self._bar: Any = None
         if self.enabled and sys.stderr.isatty():
             with contextlib.suppress(ImportError):
@@ -77,7 +79,10 @@ class Progress(contextlib.AbstractContextManager["Progress"]):
             self._bar.update(done - self._bar.n)
         elif self.enabled and (done == self.total or time.monotonic() >= self._last + _BETWEEN_LINES):
             self._last = time.monotonic()
-            parts = f"{done}/{self.total} {self.unit}s", f"{self._last - self._start:.0f} s", self.note
+            passed = self._last - self._start
+            left = passed * (self.total - done) / max(1, done - self._begun)
+            seconds = f"{passed:.0f} s" + (f" and about {left:.0f} s left" if done < self.total else "")
+            parts = f"{done}/{self.total} {self.unit}s", seconds, self.note
             say(f"{self.what}: {', '.join(filter(None, parts))}")
 
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checks import check_number, said_of
+from ..checks import check_number, check_tensor, said_of
 from ..linearizer import Linearizer
 from ..ranges import range_
 from ..sampling.sampler import check_over_time
@@ -56,6 +56,7 @@ def one_step_loss(
     t: Tensor | None = None,
     e_1: Tensor | None = None,
     e_0: Tensor | None = None,
+    context: Tensor | None = None,
 ) -> FlowMatchingLoss:
     """The terms of one-step flow matching for a batch of data; their formulas are in this module's docstring.
 
@@ -69,6 +70,7 @@ def one_step_loss(
         t: times [B] in [0, 1); by default drawn uniformly.
         e_1, e_0: the noise e of the reconstructions of data and noise, in the shapes of z_1 and z_0; by default
             drawn standard normal.
+        context: what g_x is conditioned on, [B, C] or [1, C], such as one-hot labels; g_y is not given it.
 
     Raises:
         TypeError: A does not depend on time, or an argument is of another type.
@@ -81,7 +83,10 @@ def one_step_loss(
         check_given("x_1", x_1, x_1.shape, x_0=x_0)
         check_given("x_1", x_1, x_1.shape[:1], t=t)
         x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-        z_1, nll = _encode(f, x_1, likelihood)
+        if context is not None:
+            check_tensor("context", context, x_1, "x_1", same_dtype=True)
+        given = {} if context is None else {"context": context}
+        z_1, nll = _encode(f, x_1, likelihood, given)
         z_0 = said_of("x_0", f.gy, x_0)
         check_given("x_1", x_1, z_1.shape, e_1=e_1)
         check_given("x_1", x_1, z_0.shape, e_0=e_0)
@@ -92,7 +97,8 @@ def one_step_loss(
         def noised(z: Tensor, e: Tensor | None) -> Tensor:
             return z + latent_noise * (torch.randn_like(z) if e is None else e)
 
-        reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1, e_1), predicted))).chunk(2)
+        twice = {name: value.expand(len(x_1), -1).repeat(2, 1) for name, value in given.items()}
+        reconstructed, decoded = f.gx_inverse(torch.cat((noised(z_1, e_1), predicted)), **twice).chunk(2)
         return FlowMatchingLoss(
             latent=F.mse_loss(predicted, z_1),
             data=distance_of(distance, reconstructed, x_1),
@@ -109,6 +115,7 @@ class OneStepFlowMatching(DataObjective):
         f, latent_noise, distance, likelihood: as in ``one_step_loss``.
         data: [N, ...], on f's device; rows are drawn with replacement.
         dequantise: width of the uniform noise added to the data.
+        context: what g_x is conditioned on for each row of the data, [N, C], like the data.
     """
 
     _loss, _optional = staticmethod(one_step_loss), "likelihood"
@@ -122,24 +129,31 @@ class OneStepFlowMatching(DataObjective):
         distance: Callable[[Tensor, Tensor], Tensor] = F.mse_loss,
         likelihood: float = 0.0,
         dequantise: float = 0.0,
+        context: Tensor | None = None,
     ) -> None:
         check_over_time(f)
         super().__init__(f, data, distance, latent_noise=latent_noise, likelihood=likelihood)
-        self.dequantise = check_number("dequantise", dequantise, 0.0)
+        self.dequantise, self.context = check_number("dequantise", dequantise, 0.0), context
+        if context is not None:
+            check_tensor("context", context, data, "data", same_dtype=True)
+            if context.ndim != 2 or len(context) != len(data):
+                raise ValueError(f"context must be [{len(data)}, C] for the data; got {tuple(context.shape)}")
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        x_1 = self._rows(rng, batch)
-        drawn = {
+        rows = self._rows(rng, batch)
+        x_1 = self.data[rows]
+        drawn = {} if self.context is None else {"context": self.context[rows]}
+        drawn |= {
             "x_1": x_1 + self.dequantise * (torch.empty_like(x_1).uniform_(generator=rng) - 0.5),
             "t": x_1.new_empty(batch).uniform_(generator=rng),
         }
         return drawn | {name: torch.empty_like(x_1).normal_(generator=rng) for name in ("x_0", "e_1", "e_0")}
 
 
-def _encode(f: Linearizer, x: Tensor, likelihood: float) -> tuple[Tensor, Tensor]:
+def _encode(f: Linearizer, x: Tensor, likelihood: float, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """g_x(x), and the weighted negative log-likelihood per dimension."""
     if not likelihood:
-        return said_of("x_1", f.gx, x), x.new_zeros(())
-    z, log_det = said_of("x_1", f.g_x.forward_and_log_det, x)  # type: ignore[arg-type]
+        return said_of("x_1", f.gx, x, **given), x.new_zeros(())
+    z, log_det = said_of("x_1", f.g_x.forward_and_log_det, x, **given)  # type: ignore[arg-type]
     nll = 0.5 * z.flatten(1).square().sum(1) - log_det
     return z, likelihood * nll.mean() / z[0].numel()

@@ -129,5 +129,5 @@ class IdempotentGeneration(DataObjective):
         self._settled = progress >= self.settle
 
     def draw(self, rng: torch.Generator, batch: int) -> dict[str, Tensor]:
-        x = self._rows(rng, batch)
+        x = self.data[self._rows(rng, batch)]
         return {"x": x, "e": torch.empty_like(x).normal_(generator=rng)}

@@ -60,8 +60,8 @@ class DataObjective(Objective):
         self.model, self.data, self.distance, self.options = f, data, distance, options
 
     def _rows(self, rng: torch.Generator, batch: int) -> Tensor:
-        """``batch`` rows of the data, with replacement."""
-        return self.data[torch.randint(len(self.data), (batch,), generator=rng, device=self.data.device)]
+        """The indices of ``batch`` rows of the data, drawn with replacement."""
+        return torch.randint(len(self.data), (batch,), generator=rng, device=self.data.device)
 
     def forward(self, drawn: Mapping[str, Tensor]) -> dict[str, Tensor]:
         terms = self._loss(self.model, **drawn, **self.options, distance=self.distance)._asdict()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import linfast as lf
 from linfast import examples, training
-from tests.arguments.calls import Good, linearizer, made, method, timed, x
+from tests.arguments.calls import Good, flow, linearizer, made, method, timed, x
 
 
 def drawn(call: Callable[..., Any]) -> Callable[..., list[Tensor]]:
@@ -22,6 +22,10 @@ def drawn(call: Callable[..., Any]) -> Callable[..., list[Tensor]]:
 def styles() -> training.ModularStyle:
     operators_ = [lf.DepthwiseConv(2, 1, (2, 2)), lf.DepthwiseConv(2, 1, (2, 2))]
     return training.ModularStyle(lf.image_flow(2, 2, 2, 4), operators_, ("a", "b"))
+
+
+def labelled() -> lf.Linearizer:
+    return lf.Linearizer(flow(context_features=2), timed().A, flow())
 
 
 def objective() -> training.Objective:
@@ -66,7 +70,7 @@ SAMPLING: dict[str, Good] = {
         lambda: (
             training.one_step_loss,
             {
-                "f": timed(),
+                "f": labelled(),
                 "x_1": x(3, 4),
                 "x_0": x(3, 4),
                 "latent_noise": 0.1,
@@ -75,9 +79,11 @@ SAMPLING: dict[str, Good] = {
                 "t": torch.tensor([0.1, 0.2, 0.3]),
                 "e_1": x(3, 4),
                 "e_0": x(3, 4),
+                "context": x(3, 2),
             },
         ),
-        {"x_1": "B D", "x_0": "B D", "t": "B", "e_1": "B D", "e_0": "B D"},
+        {"x_1": "B D", "x_0": "B D", "t": "B", "e_1": "B D", "e_0": "B D", "context": "B C"},
+        allowed={"context": {"dimension 0 of size 1"}},
     ),
     "idempotent_loss": Good(
         lambda: (
@@ -99,15 +105,16 @@ SAMPLING: dict[str, Good] = {
         lambda: (
             training.OneStepFlowMatching,
             {
-                "f": timed(),
+                "f": labelled(),
                 "data": x(8, 4),
                 "latent_noise": 0.1,
                 "distance": F.mse_loss,
                 "likelihood": 0.0,
                 "dequantise": 0.0,
+                "context": x(8, 2),
             },
         ),
-        {"data": "n D"},
+        {"data": "n D", "context": "n c"},
     ),
     "IdempotentGeneration": Good(
         lambda: (

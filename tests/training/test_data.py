@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from linfast.examples.data import held_out, load_images, load_pictures
+from linfast.examples.data import held_out, load_images, load_labels, load_pictures
 
 
 @pytest.fixture
@@ -93,6 +93,22 @@ def _damaged(folder: Path) -> list[Path]:
         (folder / f"cut{cut}.npz").write_bytes(whole[:cut])
     (folder / "deflate.npz").write_bytes(whole[:60] + b"\xff" * 8 + whole[68:])
     return [path for path in folder.iterdir() if path.name not in ("whole.npz", "plain.npz")]
+
+
+def test_labels_are_one_hot_and_checked(tmp_path: Path) -> None:
+    from sklearn.datasets import load_digits
+
+    assert torch.equal(load_labels(None, 1797).argmax(1), torch.from_numpy(load_digits().target))
+    path, y = tmp_path / "x.npz", np.arange(100) % 7
+    np.savez(path, y=y)
+    assert torch.equal(load_labels(path, 100), torch.eye(7)[y])
+    for wrong in (y[:-1], y - 1, y / 2, y * 1000, y[:, None]):
+        np.savez(path, y=wrong)
+        with pytest.raises(ValueError, match=r"y must be whole numbers from 0 to 999, \[100\]; got"):
+            load_labels(path, 100)
+    np.savez(path, x=y)
+    with pytest.raises(ValueError, match="got none"):
+        load_labels(path, 100)
 
 
 def test_damaged_files_are_refused_by_name(tmp_path: Path) -> None:

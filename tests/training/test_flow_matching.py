@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 import linfast as lf
-from linfast.training import one_step_loss
+from linfast.training import OneStepFlowMatching, one_step_loss
 from tests.laws.zoo import perturb
 
 from .toys import one_step
@@ -97,3 +98,33 @@ def test_objective_has_the_papers_terms_and_ours_only_when_asked() -> None:
     assert list(objective(drawn)) == ["latent", "data", "noise", "prediction", "likelihood"]
     objective.options["likelihood"] = 0.0
     assert list(objective(drawn)) == ["latent", "data", "noise", "prediction"]
+
+
+def _conditioned(n: int = 6, classes: int = 3) -> lf.Linearizer:
+    g_x = perturb(lf.coupling_flow(n, 2, (16,), context_features=classes))
+    return lf.Linearizer(g_x, lf.TimeLowRank(n, 3), perturb(lf.coupling_flow(n, 2, (16,))))
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_context_is_that_of_the_data_side(rows: int) -> None:
+    f, x_1, context = _conditioned(), torch.randn(5, 6), torch.randn(rows, 3)
+    given = {"x_0": torch.randn(5, 6), "t": torch.rand(5), "e_1": torch.randn(5, 6), "e_0": torch.randn(5, 6)}
+    loss = one_step_loss(f, x_1, **given, likelihood=0.3, context=context)
+    fixed = lf.Linearizer(f.g_x.at(context=context.expand(5, 3)), f.A, f.g_y)
+    z_1, z_0, t = fixed.gx(x_1), f.gy(given["x_0"]), given["t"][:, None]
+    predicted = f.A((1 - t) * z_0 + t * z_1, t=given["t"])
+    torch.testing.assert_close(loss.latent, (predicted - z_1).square().mean())
+    torch.testing.assert_close(loss.data, (fixed.gx_inverse(z_1 + 0.3 * given["e_1"]) - x_1).square().mean())
+    torch.testing.assert_close(loss.prediction, (fixed.gx_inverse(predicted) - x_1).square().mean())
+    z, log_det = fixed.g_x.forward_and_log_det(x_1)
+    torch.testing.assert_close(loss.likelihood, 0.3 * (0.5 * z.square().sum(1) - log_det).mean() / 6)
+
+
+def test_objective_draws_each_rows_context() -> None:
+    data, context = torch.randn(50, 6), torch.randn(50, 3)
+    drawn = OneStepFlowMatching(_conditioned(), data, context=context).draw(torch.Generator(), 8)
+    rows = (drawn["x_1"][:, None] == data).all(-1).long().argmax(1)
+    assert torch.equal(drawn["context"], context[rows])
+    assert len(rows.unique()) > 1
+    with pytest.raises(ValueError, match=r"context must be \[50, C\] for the data; got \(49, 3\)"):
+        OneStepFlowMatching(_conditioned(), data, context=context[1:])

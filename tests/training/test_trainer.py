@@ -224,6 +224,7 @@ def test_lines_come_every_few_seconds(monkeypatch, capsys) -> None:
     assert [line.split(",")[0] for line in lines] == [
         f"sampling: {done}/100 samples" for done in (20, 40, 60, 80, 100)
     ]
+    assert [line.split(", ")[1] for line in lines[-2:]] == ["20 s and about 5 s left", "25 s"]
     monkeypatch.setattr("sys.stderr", None)
     with Progress("sampling", 0, 1, "sample") as progress:
         progress.show(1)
