@@ -119,7 +119,9 @@ def restore(model: Any) -> None:
 def _check_model(model: Any) -> None:
     name = type(model).__name__
     if not isinstance(model, nn.Module) and adapter_for(model) is None:
-        raise TypeError(f"model must be an nn.Module or an object of a known class; got {name}")
+        inside = [part for part, value in getattr(model, "__dict__", {}).items() if isinstance(value, nn.Module)]
+        hint = f": pass its {' or its '.join(inside)}" if inside else ""
+        raise TypeError(f"model must be an nn.Module or an object of a known class; got {name}{hint}")
     if not hasattr(model, "__dict__"):
         raise TypeError(f"model must keep its attributes in a __dict__; {name} has __slots__ alone")
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import functools
 import pickle
+import types
 
 import pytest
 import torch
@@ -313,6 +314,14 @@ def test_bad_options_are_named():
             TypeError, match=rf"takes no {removed}: .* with torch.compile\(model\), .* torch.cuda.graph"
         ):
             lf.accelerate(model, **{removed: True})
+
+
+def test_an_object_around_a_model_is_refused_with_the_name_of_the_model() -> None:
+    """As sbi's DirectPosterior, whose flow is its posterior_estimator."""
+    posterior = types.SimpleNamespace(posterior_estimator=nn.Linear(2, 2), prior=None)
+    with pytest.raises(TypeError, match="got SimpleNamespace: pass its posterior_estimator"):
+        lf.accelerate(posterior)
+
 
 
 def test_a_class_that_lists_its_subclasses_does_not_see_ours(registered):
