@@ -323,7 +323,6 @@ def test_an_object_around_a_model_is_refused_with_the_name_of_the_model() -> Non
         lf.accelerate(posterior)
 
 
-
 def test_a_class_that_lists_its_subclasses_does_not_see_ours(registered):
     class Listed(Coupling):
         known = []
