@@ -57,7 +57,7 @@ def coupling_flow(
     memory: str = "auto",
     coupling: str | None = None,
 ) -> Flow:
-    """A flow on vectors [B, features]: ``depth`` couplings with MLP conditioners.
+    """A flow g from data x [B, features] to noise z: ``depth`` couplings with MLP conditioners.
 
     Args:
         features: D, at least 2; an odd D splits unequally.
@@ -108,7 +108,7 @@ def autoregressive_flow(
     context_features: int = 0,
     memory: str = "auto",
 ) -> Flow:
-    """A flow on vectors [B, features]: ``depth`` MaskedAutoregressive layers, each conditioned by a MaskedMLP.
+    """A flow g from data x [B, features] to noise z: ``depth`` MaskedAutoregressive layers with MaskedMLPs.
 
     Args:
         features: D, at least 1.
@@ -169,9 +169,9 @@ def image_flow(
     memory: str = "auto",
     coupling: str | None = None,
 ) -> Flow:
-    """A flow on images [B, C, H, W]: couplings with convolutional conditioners, a 1x1 mix after each pair.
+    """A flow g from images x [B, C, H, W] to noise z: couplings with convolutional conditioners.
 
-    An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape. The g of the
+    A 1x1 mix follows each pair of couplings. An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape. The g of the
     paper's MNIST model is ``image_flow(1, 32, depth=8, conditioner="unet", time_features=16)``,
     except that the paper's has ActNorms and clamps the log-scales.
 

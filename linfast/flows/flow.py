@@ -19,7 +19,9 @@ from .undo import Context, Outputs
 
 
 class Flow(Bijection):
-    """z = g_n(... g_1(x)); log|det| is the sum over the parts.
+    """z = g_n(... g_1(x)), from data x to noise z; log|det| is the sum over the parts.
+
+    ``len(flow)``, ``flow[i]``, ``flow[i:j]`` (a Flow) and iteration give its bijections.
 
     Args:
         bijections: g_1 to g_n, applied in this order. An empty list is the identity.
