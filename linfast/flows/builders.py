@@ -171,9 +171,9 @@ def image_flow(
 ) -> Flow:
     """A flow g from images x [B, C, H, W] to noise z: couplings with convolutional conditioners.
 
-    A 1x1 mix follows each pair of couplings. An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has x's shape. The g of the
-    paper's MNIST model is ``image_flow(1, 32, depth=8, conditioner="unet", time_features=16)``,
-    except that the paper's has ActNorms and clamps the log-scales.
+    A 1x1 mix follows each pair of couplings. An odd C is squeezed 2 x 2 first and unsqueezed last, so that z has
+    x's shape. The g of the paper's MNIST model is ``image_flow(1, 32, depth=8, conditioner="unet",
+    time_features=16)``, except that the paper's has ActNorms and clamps the log-scales.
 
     Args:
         channels: C.
