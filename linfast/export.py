@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from .checks import check_choice, check_kind, check_tensor
 from .dispatch import backend
+from .flows.actnorm import ActNorm
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -60,7 +61,8 @@ def export(
 
     Raises:
         TypeError: model is not a module, or x not a tensor.
-        ValueError: the model has no such method; x has fewer than two rows.
+        ValueError: the model has no such method, or an ActNorm that waits for its first batch; x has fewer than
+            two rows.
     """
     from torch.export import Dim
     from torch.export import export as traced
@@ -75,9 +77,21 @@ def export(
     sizes = {"x": rows} | {key: rows if _per_sample(value, x) else None for key, value in further.items()}
     with torch.no_grad(), backend("reference"):
         called = _Method(copy.deepcopy(model), method)  # a program shares the weights of what it was traced from
+        _settle(called)
         module = traced(called, (x,), further, dynamic_shapes=sizes).module(check_guards=False)
         compute_constants(module)
         return traced(module, (x,), further, dynamic_shapes=sizes)
+
+
+def _settle(model: nn.Module) -> None:
+    """Keep each ActNorm from tracing its initialisation; ValueError where one would need it."""
+    for layer in model.modules():
+        if isinstance(layer, ActNorm):
+            if layer.waits_for_data():
+                raise ValueError(
+                    "model has an ActNorm that waits for its first batch: call model once with data, or model.eval()"
+                )
+            layer.eval()  # an ActNorm that is initialised computes the same in both modes
 
 
 def _per_sample(value: Any, x: Tensor) -> bool:
