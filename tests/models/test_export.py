@@ -86,6 +86,14 @@ def test_a_standardized_density_exports_in_train_mode() -> None:
     torch.testing.assert_close(program.module()(x), density(x))
 
 
+def test_a_context_of_one_dimension_is_one_for_all_samples() -> None:
+    """Also where it has as many values as the example has rows."""
+    density = perturb(lf.Density(lf.coupling_flow(4, 1, (8,), context_features=3)))
+    program = lf.export(density, torch.randn(3, 4), "log_prob", context=torch.randn(3))
+    x, context = torch.randn(7, 4), torch.randn(3)
+    torch.testing.assert_close(program.module()(x, context=context), density(x, context))
+
+
 def test_an_actnorm_that_waits_for_its_first_batch_is_refused() -> None:
     flow = lf.Flow([lf.ActNorm(4), lf.AffineCoupling(lf.MLP(2, 4, (8,)), 4)])
     with pytest.raises(ValueError, match="model has an ActNorm that waits for its first batch"):
