@@ -24,7 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
+from ..density import Density
 from ..dispatch import check_values, tensors_of
+from ..flows.bijection import Bijection, Conditioned, Inverse
 from ..freeze import Frozen
 from ..io import described
 from ..linearizer import Linearizer
@@ -56,8 +58,9 @@ def sample_stream(
     """``count`` samples from standard normal noise.
 
     Args:
-        f: a Linearizer with a time-dependent A, sampled in one step; or any module that maps
-            noise [B, *noise_shape] to samples, such as ``generator(f, tol=1e-6)``.
+        f: a Linearizer with a time-dependent A, sampled in one step; a Density with the standard normal base and
+            no context; or any module that maps noise [B, *noise_shape] to samples, such as
+            ``generator(f, tol=1e-6)``, or ``Inverse(p.flow.at(context=c))`` for a Density p and a context [1, C].
         count: number of samples.
         batch_size: samples per batch of an iterator; samples per process between two commits of a file, rounded
             up to whole blocks.
@@ -67,7 +70,7 @@ def sample_stream(
             except on Windows.
         seed: an integer of at least 0, which determines the noise.
         steps, method, stop: as for ``collapse``, where f is time-dependent.
-        noise_shape: the shape of one sample's noise; not needed for a Linearizer.
+        noise_shape: the shape of one sample's noise; not needed for a Linearizer or a Density.
         block_size: rows per block. Another block size gives other samples.
         progress: show a progress bar (with tqdm, on a terminal) or a line every few seconds; by default on a
             terminal only.
@@ -86,7 +89,7 @@ def sample_stream(
         ValueError: sizes below 1, an array that does not fit, a file of another run, a damaged record, an ``out``
             that is a link or no file or cannot be written to, an f whose noise_shape is not known, that is not
             initialised, or that does not return one sample for each row of noise.
-        TypeError: an f that returns no dense tensor.
+        TypeError: an f that returns no dense tensor; a Density with another base or a context.
         FileExistsError: ``out`` exists and has no record.
         BlockingIOError: another run is writing to ``out``.
         OSError: the disk has no space. Rows already committed are kept.
@@ -153,6 +156,8 @@ class _Source:
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
         check_values("f", *tensors_of(f))
         identity: dict[str, Any] = {}
+        if isinstance(f, Density):
+            f, shape = _to_data(f), f.shape if shape is None else shape
         like, f = first_floating(f), in_eval_mode(f)
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
@@ -206,6 +211,27 @@ class _Source:
         samples = samples.detach().resolve_conj().resolve_neg()
         in_numpy = samples.dtype in (torch.float16, torch.float32, torch.float64)
         return samples if in_numpy or not samples.is_floating_point() else samples.float()
+
+
+def _to_data(p: Density) -> Bijection:
+    """The map of p from standard normal noise to samples; TypeError where p is not such a map."""
+    if p.base is not None:
+        raise TypeError(
+            "f must be sampled from standard normal noise; this Density p has another base: use p.sample"
+        )
+    if p.embedding is not None or context_of(p.flow):
+        raise TypeError(
+            "f must take no context, and this Density p takes one: pass lf.Inverse(p.flow.at(context=c)) with c "
+            f"[1, C], and noise_shape={p.shape}"
+        )
+    return Inverse(p.flow)
+
+
+def context_of(module: nn.Module) -> int:
+    """C of the context [B, C] that must be passed to a module; 0 where it takes none, or one that is fixed."""
+    if isinstance(module, Conditioned) and "context" in module.context:
+        return 0
+    return max((getattr(module, "context_features", 0), *map(context_of, module.children())))
 
 
 def _blocks(
