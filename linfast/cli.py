@@ -17,7 +17,8 @@ from .io import load
 from .linearizer import Linearizer
 from .sampling.integrate import METHODS
 from .sampling.outputs import check_regular
-from .sampling.stream import context_of, sample_stream
+from .sampling.sampler import context_of
+from .sampling.stream import sample_stream
 from .sampling.workers import Workers, process_group
 
 

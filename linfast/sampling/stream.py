@@ -26,14 +26,13 @@ from torch import Tensor, nn
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
 from ..density import Density
 from ..dispatch import check_values, tensors_of
-from ..flows.bijection import Bijection, Conditioned, Inverse
 from ..freeze import Frozen
 from ..io import described
 from ..linearizer import Linearizer
 from ..state import is_foreign, settings, slots
 from .collapsed import first_floating, in_eval_mode
 from .outputs import NpyFile, check_array
-from .sampler import at_work, generator
+from .sampler import at_work, generator, to_data
 from .workers import Workers, make_pipeline
 
 _BLOCK = 1024  # rows per block: enough for products at full speed, and 50 MB at the paper's largest size
@@ -157,7 +156,7 @@ class _Source:
         check_values("f", *tensors_of(f))
         identity: dict[str, Any] = {}
         if isinstance(f, Density):
-            f, shape = _to_data(f), f.shape if shape is None else shape
+            f, shape = to_data(f), f.shape if shape is None else shape
         like, f = first_floating(f), in_eval_mode(f)
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)
@@ -211,27 +210,6 @@ class _Source:
         samples = samples.detach().resolve_conj().resolve_neg()
         in_numpy = samples.dtype in (torch.float16, torch.float32, torch.float64)
         return samples if in_numpy or not samples.is_floating_point() else samples.float()
-
-
-def _to_data(p: Density) -> Bijection:
-    """The map of p from standard normal noise to samples; TypeError where p is not such a map."""
-    if p.base is not None:
-        raise TypeError(
-            "f must be sampled from standard normal noise; this Density p has another base: use p.sample"
-        )
-    if p.embedding is not None or context_of(p.flow):
-        raise TypeError(
-            "f must take no context, and this Density p takes one: pass lf.Inverse(p.flow.at(context=c)) with c "
-            f"[1, C], and noise_shape={p.shape}"
-        )
-    return Inverse(p.flow)
-
-
-def context_of(module: nn.Module) -> int:
-    """C of the context [B, C] that must be passed to a module; 0 where it takes none, or one that is fixed."""
-    if isinstance(module, Conditioned) and "context" in module.context:
-        return 0
-    return max((getattr(module, "context_features", 0), *map(context_of, module.children())))
 
 
 def _blocks(
