@@ -17,6 +17,7 @@ from .io import load
 from .linearizer import Linearizer
 from .sampling.integrate import METHODS
 from .sampling.outputs import check_regular
+from .sampling.sampler import context_of
 from .sampling.stream import sample_stream
 from .sampling.workers import Workers, process_group
 
@@ -87,7 +88,9 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=4096, help=f"samples between saves {default}")
     parser.add_argument("--steps", type=int, default=100, help=f"sampling steps, collapsed into one {default}")
     parser.add_argument("--method", default="rk4", choices=METHODS, help=default)
-    parser.add_argument("--label", type=int, help="the class to sample, of a model that was trained with labels")
+    parser.add_argument(
+        "--label", type=int, help="the class to sample; needed where the model was trained with labels"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help=f"cpu, cuda, ... {default}")
     add_earlier_files(
@@ -120,8 +123,7 @@ def _sample(options: argparse.Namespace) -> int:
         f = load(options.checkpoint, device)
         if not isinstance(f, Linearizer):
             raise ValueError(f"{options.checkpoint} holds a {type(f).__name__}: sample takes a Linearizer")
-        if options.label is not None:
-            f = _of_class(f, options.label)
+        f = _of_class(f, options.label)
         how = {"steps": options.steps, "method": options.method, "progress": True, "overwrite": options.overwrite}
         try:
             rows = sample_stream(f.eval(), options.count, options.batch_size, out, options.seed, **how)
@@ -133,11 +135,15 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
-def _of_class(f: Linearizer, label: int) -> Linearizer:
-    """f with the context of its g_x fixed at a one-hot label; ValueError where g_x does not take such a label."""
-    classes = max(getattr(module, "context_features", 0) for module in f.g_x.modules())
+def _of_class(f: Linearizer, label: int | None) -> Linearizer:
+    """f with the context of its g_x fixed at a one-hot label; ValueError where g_x takes no label, or needs one."""
+    classes = context_of(f.g_x)
+    if label is None:
+        if classes:
+            raise ValueError(f"the model takes labels: pass --label, one of 0 to {classes - 1}")
+        return f
     if not 0 <= label < classes:
-        known = f"0 to {classes - 1}" if classes else "none: the model takes none"
+        known = f"0 to {classes - 1}" if classes else "none: the model takes none, or has a fixed one"
         raise ValueError(f"label must be one of {known}; got {label}")
     context = next(f.parameters()).new_zeros(1, classes)
     context[0, label] = 1

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from .checks import check_choice, check_kind, check_tensor
 from .dispatch import backend
+from .flows.actnorm import ActNorm
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -56,11 +57,12 @@ def export(
         x: an example input [B, ...], B at least 2. The program's inputs have its dtype, device and other sizes.
         method: "forward", "inverse", "forward_and_log_det", "inverse_and_log_det" or "log_prob".
         t, context: examples of the method's further inputs, where it takes them. A tensor with B rows stands for
-            one row per sample, and any other value is fixed.
+            one row per sample, and any other value is fixed. A context [C] is one for all samples.
 
     Raises:
         TypeError: model is not a module, or x not a tensor.
-        ValueError: the model has no such method; x has fewer than two rows.
+        ValueError: the model has no such method, or an ActNorm that waits for its first batch; x has fewer than
+            two rows.
     """
     from torch.export import Dim
     from torch.export import export as traced
@@ -72,16 +74,32 @@ def export(
         raise ValueError(f"x must have at least two rows, so that the batch size stays open; got {tuple(x.shape)}")
     further = {key: value for key, value in (("t", t), ("context", context)) if value is not None}
     rows = {0: Dim("batch")}
-    sizes = {"x": rows} | {key: rows if _per_sample(value, x) else None for key, value in further.items()}
+    sizes = {"x": rows} | {
+        key: rows if _per_sample(model, x, key, value) else None for key, value in further.items()
+    }
     with torch.no_grad(), backend("reference"):
         called = _Method(copy.deepcopy(model), method)  # a program shares the weights of what it was traced from
+        _settle(called)
         module = traced(called, (x,), further, dynamic_shapes=sizes).module(check_guards=False)
         compute_constants(module)
         return traced(module, (x,), further, dynamic_shapes=sizes)
 
 
-def _per_sample(value: Any, x: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == x.shape[0]
+def _settle(model: nn.Module) -> None:
+    """Keep each ActNorm from tracing its initialisation; ValueError where one would need it."""
+    for layer in model.modules():
+        if isinstance(layer, ActNorm):
+            if layer.waits_for_data():
+                raise ValueError(
+                    "model has an ActNorm that waits for its first batch: call it once, or model.eval()"
+                )
+            layer.eval()  # an ActNorm that is initialised computes the same in both modes
+
+
+def _per_sample(model: nn.Module, x: Tensor, key: str, value: Any) -> bool:
+    """Whether there is one row per sample of x. A context [C] is one for all, unless an embedding computes it."""
+    fewest = 2 if key == "context" and getattr(model, "embedding", None) is None else 1
+    return isinstance(value, Tensor) and value.ndim >= fewest and value.shape[0] == x.shape[0]
 
 
 def compute_constants(module: fx.GraphModule) -> None:

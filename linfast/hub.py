@@ -10,7 +10,9 @@ A directory, and a repository on the Hugging Face Hub, hold
 from __future__ import annotations
 
 import functools
+import json
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -56,8 +58,8 @@ class HubMethods:
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` (see ``linfast.save``), ``config.json`` and a model card into a directory.
 
-        The directory is made where it is missing. An earlier model of ``save_pretrained`` is replaced; a
-        ``README.md`` stays as it is.
+        The directory is made where it is missing. An earlier model of ``save_pretrained`` is replaced, with
+        its card; if the new one cannot be saved, it stays. A ``README.md`` that a person wrote or edited is kept.
 
         Raises:
             FileExistsError: a ``model.safetensors`` or ``config.json`` that linfast did not write.
@@ -69,7 +71,13 @@ class HubMethods:
         for path in (folder / _MODEL, folder / _CONFIG):
             if path.exists() and not _is_ours(path):
                 raise FileExistsError(f"{path} is not of linfast and would be replaced: choose another directory")
-        model.save_pretrained(folder, **_described(self, folder.resolve().name))
+        described = _described(self, folder.resolve().name)
+        replaced = not (folder / _CARD).exists() or _is_unedited(model, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files["save"](self, folder / _MODEL)  # first: where it raises, the other files are of the earlier model
+        (folder / _CONFIG).write_text(json.dumps(described["config"], indent=2))
+        if replaced:
+            model.generate_model_card(**described["model_card_kwargs"]).save(folder / _CARD)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +93,7 @@ class HubMethods:
     ) -> _Model:
         """The model in a directory, or else in the repository "owner/name" on the Hugging Face Hub, on ``device``.
 
+        A Path, and a string that is absolute, begins with "." or "~" or has more than one "/", names a directory.
         It is in the train or eval mode in which it was saved.
 
         Args:
@@ -100,8 +109,7 @@ class HubMethods:
             ValueError: as for ``linfast.load``; a model that is not of this class.
         """
         source = check_path("directory_or_repo_id", directory_or_repo_id, utf8=True)
-        is_path = source.exists() or not isinstance(directory_or_repo_id, str)
-        if is_path and not source.is_dir():
+        if (source.exists() or _names_a_path(directory_or_repo_id)) and not source.is_dir():
             raise FileNotFoundError(f"directory_or_repo_id: {source} is not a directory")
         where = {"revision": revision, "token": token, "cache_dir": cache_dir}
         where |= {"local_files_only": local_files_only, "force_download": force_download}
@@ -191,6 +199,23 @@ def _described(model: Any, place: str) -> dict[str, Any]:
 def _base(model: Any) -> str:
     """The public class with these methods that the model's class derives from: Bijection, Density or Linearizer."""
     return next(cls.__name__ for cls in type(model).__mro__ if HubMethods in cls.__bases__)
+
+
+def _names_a_path(place: str | os.PathLike[str]) -> bool:
+    """Whether no repository can have this name."""
+    if not isinstance(place, str):
+        return True
+    return place.startswith((".", "~")) or os.path.isabs(place) or place.count("/") > 1
+
+
+def _is_unedited(model: Any, folder: Path) -> bool:
+    """Whether the folder's model card is, byte for byte, the one that ``save_pretrained`` writes there."""
+    card = (folder / _CARD).read_bytes()
+    found = re.search(rb"A `(\w+)` of linfast.*lf\.(\w+)\.from_pretrained", card, re.DOTALL)
+    if found is None:
+        return False
+    kind, base = (name.decode() for name in found.groups())
+    return card == str(model.generate_model_card(kind=kind, base=base, place=folder.resolve().name)).encode()
 
 
 def _is_ours(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -98,6 +99,20 @@ def test_every_claim_of_a_python_version_is_the_same(metadata: Message) -> None:
     settings = (_ROOT / "pyproject.toml").read_text()
     assert f'target-version = "py{found[0].replace(".", "")}"' in settings
     assert f'python_version = "{found[0]}"' in settings
+
+
+def test_ci_runs_the_readmes_tests_or_fails(tmp_path: Path) -> None:
+    """As GitHub runs a step, by ``bash -e``; each library that the tests compare with must be there."""
+    steps = (_ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    [step] = re.findall(r"- name: The README's test command\n((?:        .+\n)+)", steps)
+    assert re.search(r"env:.*\bLINFAST_REQUIRE_PEERS: 1\b", step)
+    script = re.sub(r"^ +", "", step.partition("run: ")[2].removeprefix("|\n"), flags=re.MULTILINE)
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(_ROOT / ".ci" / "readme_command", tmp_path / ".ci")
+    for readme, status in (("", 1), ("<!-- tests -->\n```bash\necho it ran\n```\n", 0)):
+        (tmp_path / "README.md").write_text(readme)
+        done = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (status, "" if status else "it ran\n"), done.stderr
 
 
 def test_the_citation_is_of_this_version() -> None:

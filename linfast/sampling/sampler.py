@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_dense, check_flag, check_kind, said_of
+from ..density import Density
 from ..dispatch import outside_autocast
+from ..flows.bijection import Bijection, Conditioned, Inverse
 from ..freeze import freeze
 from ..linearizer import Linearizer
 from ..ranges import range_
@@ -63,6 +65,27 @@ def generator(
         one.A.train(f.training)
         one.training = f.training
         return one
+
+
+def to_data(p: Density) -> Bijection:
+    """The map of p from standard normal noise to samples; TypeError where p is not such a map."""
+    if p.base is not None:
+        raise TypeError(
+            "f must be sampled from standard normal noise; this Density p has another base: use p.sample"
+        )
+    if p.embedding is not None or context_of(p.flow):
+        raise TypeError(
+            "f must take no context, and this Density p takes one: pass lf.Inverse(p.flow.at(context=c)) with c "
+            f"[1, C], and noise_shape={p.shape}"
+        )
+    return Inverse(p.flow)
+
+
+def context_of(module: nn.Module) -> int:
+    """C of the context [B, C] that must be passed to a module; 0 where it takes none, or one that is fixed."""
+    if isinstance(module, Conditioned) and "context" in module.context:
+        return 0
+    return max((getattr(module, "context_features", 0), *map(context_of, module.children())))
 
 
 def sample(

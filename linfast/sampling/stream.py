@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count, check_counts, check_dense, check_flag, check_kind
+from ..density import Density
 from ..dispatch import check_values, tensors_of
 from ..freeze import Frozen
 from ..io import described
@@ -31,7 +32,7 @@ from ..linearizer import Linearizer
 from ..state import is_foreign, settings, slots
 from .collapsed import first_floating, in_eval_mode
 from .outputs import NpyFile, check_array
-from .sampler import at_work, generator
+from .sampler import at_work, generator, to_data
 from .workers import Workers, make_pipeline
 
 _BLOCK = 1024  # rows per block: enough for products at full speed, and 50 MB at the paper's largest size
@@ -56,8 +57,9 @@ def sample_stream(
     """``count`` samples from standard normal noise.
 
     Args:
-        f: a Linearizer with a time-dependent A, sampled in one step; or any module that maps
-            noise [B, *noise_shape] to samples, such as ``generator(f, tol=1e-6)``.
+        f: a Linearizer with a time-dependent A, sampled in one step; a Density with the standard normal base and
+            no context; or any module that maps noise [B, *noise_shape] to samples, such as
+            ``generator(f, tol=1e-6)``, or ``Inverse(p.flow.at(context=c))`` for a Density p and a context [1, C].
         count: number of samples.
         batch_size: samples per batch of an iterator; samples per process between two commits of a file, rounded
             up to whole blocks.
@@ -67,7 +69,7 @@ def sample_stream(
             except on Windows.
         seed: an integer of at least 0, which determines the noise.
         steps, method, stop: as for ``collapse``, where f is time-dependent.
-        noise_shape: the shape of one sample's noise; not needed for a Linearizer.
+        noise_shape: the shape of one sample's noise; not needed for a Linearizer or a Density.
         block_size: rows per block. Another block size gives other samples.
         progress: show a progress bar (with tqdm, on a terminal) or a line every few seconds; by default on a
             terminal only.
@@ -86,7 +88,7 @@ def sample_stream(
         ValueError: sizes below 1, an array that does not fit, a file of another run, a damaged record, an ``out``
             that is a link or no file or cannot be written to, an f whose noise_shape is not known, that is not
             initialised, or that does not return one sample for each row of noise.
-        TypeError: an f that returns no dense tensor.
+        TypeError: an f that returns no dense tensor; a Density with another base or a context.
         FileExistsError: ``out`` exists and has no record.
         BlockingIOError: another run is writing to ``out``.
         OSError: the disk has no space. Rows already committed are kept.
@@ -153,6 +155,8 @@ class _Source:
             raise TypeError(f"f must be a Linearizer or a module from noise to samples; got {type(f).__name__}")
         check_values("f", *tensors_of(f))
         identity: dict[str, Any] = {}
+        if isinstance(f, Density):
+            f, shape = to_data(f), f.shape if shape is None else shape
         like, f = first_floating(f), in_eval_mode(f)
         if isinstance(f, Linearizer):
             noise_side, n = (f.g_y, f.A.n_out) if f.A.time_dependent else (f.g_x, f.A.n_in)

@@ -83,7 +83,11 @@ def test_samples_are_compared_with_the_nearest_training_image(monkeypatch) -> No
 
 @pytest.mark.parametrize(
     ("label", "labels", "expected"),
-    [(10, True, "0 to 9; got 10"), (-1, True, "0 to 9; got -1"), (0, False, "none: the model takes none; got 0")],
+    [
+        (10, True, "0 to 9; got 10"),
+        (-1, True, "0 to 9; got -1"),
+        (0, False, "none: the model takes none, or has a fixed one; got 0"),
+    ],
 )
 def test_a_wrong_label_is_one_line(tmp_path, capsys, label: int, labels: bool, expected: str) -> None:
     model = OneStepModel(hidden=8, depth=2)
@@ -91,6 +95,25 @@ def test_a_wrong_label_is_one_line(tmp_path, capsys, label: int, labels: bool, e
     given = ["--checkpoint", str(tmp_path / "f.safetensors"), "--count", "2", "--out", str(tmp_path / "x.npy")]
     assert main(["sample", *given, f"--label={label}"]) == 2
     assert capsys.readouterr().err == f"linfast sample: error: label must be one of {expected}\n"
+
+
+def test_a_label_is_given_once(tmp_path, capsys) -> None:
+    """It is asked for where the model takes one, and refused where it is fixed already."""
+    f = build_one_step(OneStepModel(hidden=8, depth=2), 4, 10)
+    lf.save(f, tmp_path / "f.safetensors")
+    lf.save(conditioned(f, torch.eye(10)[3:4]), tmp_path / "three.safetensors")
+
+    def sample(name: str, *more: str) -> str:
+        given = ["--checkpoint", str(tmp_path / name), "--count", "2", "--out", str(tmp_path / f"{name}.npy")]
+        status = main(["sample", *given, *more])
+        text = capsys.readouterr()
+        return text.err if status else text.out
+
+    says = "linfast sample: error: the model takes labels: pass --label, one of 0 to 9\n"
+    assert sample("f.safetensors") == says
+    says = "linfast sample: error: label must be one of none: the model takes none, or has a fixed one; got 5\n"
+    assert sample("three.safetensors", "--label=5") == says
+    assert "float32 (2, 16)" in sample("three.safetensors")
 
 
 def test_bad_input_is_one_line(tmp_path, capsys) -> None:

@@ -78,6 +78,30 @@ def test_random_numbers_are_drawn_at_every_call() -> None:
     assert not torch.equal(program.module()(x), program.module()(x))
 
 
+def test_a_standardized_density_exports_in_train_mode() -> None:
+    """The program neither sets the ActNorm's parameters from the example nor fixes the example's batch size."""
+    density = perturb(lf.Density(lf.coupling_flow(4, 1, (8,))).standardize(3 + 5 * torch.randn(64, 4)))
+    x = 3 + 5 * torch.randn(7, 4)
+    program = lf.export(density, torch.randn(3, 4), "log_prob")
+    torch.testing.assert_close(program.module()(x), density(x))
+
+
+def test_a_context_of_one_dimension_is_one_for_all_samples() -> None:
+    """Also where it has as many values as the example has rows."""
+    density = perturb(lf.Density(lf.coupling_flow(4, 1, (8,), context_features=3)))
+    program = lf.export(density, torch.randn(3, 4), "log_prob", context=torch.randn(3))
+    x, context = torch.randn(7, 4), torch.randn(3)
+    torch.testing.assert_close(program.module()(x, context=context), density(x, context))
+
+
+def test_an_actnorm_that_waits_for_its_first_batch_is_refused() -> None:
+    flow = lf.Flow([lf.ActNorm(4), lf.AffineCoupling(lf.MLP(2, 4, (8,)), 4)])
+    with pytest.raises(ValueError, match="model has an ActNorm that waits for its first batch"):
+        lf.export(flow, torch.randn(3, 4))
+    assert not flow[0].initialized
+    lf.export(flow.eval(), torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("method", ["forward", "inverse"])
 def test_a_later_change_of_a_weight_does_not_reach_the_program(method: str) -> None:
     f, y = perturb(_linearizer()), torch.randn(2, 4)

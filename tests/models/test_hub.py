@@ -97,6 +97,19 @@ def test_a_second_model_replaces_the_first_and_keeps_the_card(tmp_path: Path) ->
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
+def test_a_card_that_no_person_edited_follows_the_model(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    _model("Flow").save_pretrained(tmp_path)
+    assert "# Flow" in card.read_text()
+    _model("Density").save_pretrained(tmp_path)
+    assert "# Density" in card.read_text()
+    assert "lf.Density.from_pretrained" in card.read_text()
+    edited = card.read_text().replace("# Density", "# Two moons")
+    card.write_text(edited)
+    _model("Flow").save_pretrained(tmp_path)
+    assert card.read_text() == edited
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_files_of_other_programs_are_not_replaced(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text('{"model_type": "bert"}')
@@ -109,11 +122,13 @@ def test_files_of_other_programs_are_not_replaced(name: str, tmp_path: Path) -> 
 def test_a_model_that_cannot_be_saved_leaves_the_earlier_one(tmp_path: Path) -> None:
     model = _model()
     model.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     damaged = copy.deepcopy(model)
     damaged.A.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN or infinite"):
         damaged.save_pretrained(tmp_path)
     _assert_same(model, lf.Linearizer.from_pretrained(tmp_path))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_wrong_sources(tmp_path: Path) -> None:
@@ -123,6 +138,9 @@ def test_wrong_sources(tmp_path: Path) -> None:
     for source in (str(tmp_path / "f.safetensors"), tmp_path / "f.safetensors", tmp_path / "missing"):
         with pytest.raises(FileNotFoundError, match=r"directory_or_repo_id: .* is not a directory"):
             lf.Flow.from_pretrained(source)
+    for missing in (str(tmp_path / "missing"), "./missing", "../missing/m", "~/missing", "my/saved/models"):
+        with pytest.raises(FileNotFoundError, match=r"directory_or_repo_id: .* is not a directory"):
+            lf.Flow.from_pretrained(missing)
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x02}q\x00no")
     with pytest.raises(ValueError, match="not a safetensors file"):
         lf.Flow.from_pretrained(tmp_path)

@@ -42,6 +42,28 @@ def _stream(f: torch.nn.Module, out: object, count: int = 100, batch_size: int =
     return lf.sample_stream(f, count, batch_size, out, **{"steps": 5, "block_size": 16, **options})
 
 
+def test_a_density_streams_samples_and_not_log_probabilities() -> None:
+    p = perturb(lf.Density(lf.coupling_flow(N, 2, (8,))).standardize(3 + 5 * torch.randn(64, N)))
+    rows = _rows(p)
+    assert np.array_equal(rows, _rows(lf.Inverse(p.flow), noise_shape=(N,)))
+    torch.manual_seed(0)
+    drawn, found = p.sample(20_000), torch.from_numpy(_rows(p, 20_000, block_size=1024))
+    torch.testing.assert_close(found.mean(0), drawn.mean(0), rtol=0, atol=0.3)
+    torch.testing.assert_close(found.std(0), drawn.std(0), rtol=0.05, atol=0)
+
+
+def test_a_density_with_another_base_or_a_context_is_refused() -> None:
+    base = torch.distributions.Laplace(torch.zeros(N), torch.ones(N))
+    with pytest.raises(TypeError, match=r"this Density p has another base: use p\.sample"):
+        _rows(lf.Density(lf.coupling_flow(N, 2, (8,)), base))
+    flow, c = lf.coupling_flow(N, 2, (8,), context_features=3), torch.randn(1, 3)
+    for p in (lf.Density(flow), lf.Density(flow, embedding=torch.nn.Embedding(5, 3))):
+        with pytest.raises(TypeError, match=r"pass lf.Inverse\(p.flow.at\(context=c\)\) .* noise_shape=\(6,\)"):
+            _rows(p, noise_shape=(N,))
+    fixed = _rows(lf.Density(flow.at(context=c)))
+    assert np.array_equal(fixed, _rows(lf.Inverse(flow.at(context=c)), noise_shape=(N,)))
+
+
 @pytest.mark.parametrize("batch_size", [1, 16, 30, 1000])
 def test_the_same_rows_for_every_batch_size_and_sink(batch_size: int, tmp_path: Path) -> None:
     f = _model()
