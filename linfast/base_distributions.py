@@ -7,7 +7,7 @@ distributions listed here, ``FixedBase`` keeps the arguments as buffers, which m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +23,6 @@ _ARGUMENTS: dict[str, tuple[str, ...]] = {
     "Cauchy": ("loc", "scale"),
     "StudentT": ("df", "loc", "scale"),
     "Uniform": ("low", "high"),
-    "Beta": ("concentration1", "concentration0"),
-    "Gamma": ("concentration", "rate"),
-    "Exponential": ("rate",),
     "VonMises": ("loc", "concentration"),
     "MultivariateNormal": ("loc", "scale_tril"),
     "LowRankMultivariateNormal": ("loc", "cov_factor", "cov_diag"),
@@ -65,8 +62,13 @@ class FixedBase(nn.Module):
     def arguments(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in _ARGUMENTS[self.kind]}
 
-    def forward(self) -> Distribution:
-        values = {name: v() if isinstance(v, FixedBase) else v for name, v in self.arguments.items()}
+    def forward(self, dtype: torch.dtype | None = None) -> Distribution:
+        """The distribution; ``dtype``: that of its arguments, by default as they are kept."""
+        values = {}
+        for name, value in self.arguments.items():
+            values[name] = value(dtype) if isinstance(value, FixedBase) else value
+            if dtype is not None and isinstance(value, Tensor):
+                values[name] = value.to(dtype)
         return getattr(torch.distributions, self.kind)(**values, validate_args=False)
 
     def extra_repr(self) -> str:
@@ -93,12 +95,17 @@ class OtherBase(nn.Module):
             _mapped(self.distribution, torch.clone)
         )  # deepcopy of an inverse transform loses its inverse
 
-    def extra_repr(self) -> str:
-        return type(self.distribution).__name__
+    def __repr__(self) -> str:
+        return f"a base of class {type(self.distribution).__name__}"
 
 
 def kept(base: Distribution) -> nn.Module:
-    """A module whose ``forward()`` returns this distribution; ValueError where its tensors require a gradient."""
+    """A module whose ``forward()`` returns this distribution.
+
+    ValueError where it is discrete, or has tensors that require a gradient.
+    """
+    if base.support is not None and base.support.is_discrete:
+        raise ValueError(f"base must be a distribution of real numbers; got a {type(base).__name__}")
     tensors: list[Tensor] = []
 
     def collect(tensor: Tensor) -> Tensor:
@@ -115,9 +122,15 @@ def kept(base: Distribution) -> nn.Module:
     return OtherBase(base) if fixed is None else fixed
 
 
-def full_shape(base: Distribution) -> tuple[int, ...]:
-    """The shape of one sample of the distribution."""
-    return (*base.batch_shape, *base.event_shape)
+def check_fits(base: Any, shape: Sequence[int]) -> None:
+    """Raise unless ``base`` is a distribution over one z of this shape, or over each of its values."""
+    if not isinstance(base, Distribution):
+        raise TypeError(f"base must return a torch.distributions distribution; got a {type(base).__name__}")
+    full, event = (*base.batch_shape, *base.event_shape), len(base.event_shape)
+    same_event = event == 0 or tuple(base.event_shape) == tuple(shape[len(shape) - event :])
+    same_batch = all(mine in (1, theirs) for mine, theirs in zip(full[::-1], tuple(shape)[::-1], strict=False))
+    if len(full) > len(shape) or not same_event or not same_batch:
+        raise ValueError(f"base is over values of shape {full}, and one z has shape {tuple(shape)}")
 
 
 def _fixed(base: Distribution) -> FixedBase | None:

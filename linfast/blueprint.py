@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import flows, operators
-from .base_distributions import FixedBase
+from .base_distributions import FixedBase, OtherBase
 from .density import Density
 from .linearizer import Linearizer
 from .operators import base
@@ -64,12 +64,18 @@ def register(cls: _Class) -> _Class:
 
 
 _ABSTRACT = (flows.Bijection, operators.LatentOperator)
-# The arguments that are kept of a class of torch, whose constructor has others that are not kept as attributes.
-_ARGUMENTS: dict[type, tuple[str, ...]] = {
-    nn.Embedding: (
-        "num_embeddings", "embedding_dim", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
-    ),
-}  # fmt: skip
+# The arguments, and their types, that files hold of a class of torch, whose constructor takes others too.
+_ARGUMENTS: dict[type, dict[str, tuple[type, ...]]] = {
+    nn.Embedding: {
+        "num_embeddings": (int,),
+        "embedding_dim": (int,),
+        "padding_idx": (int, type(None)),
+        "max_norm": (float, int, type(None)),
+        "norm_type": (float, int),
+        "scale_grad_by_freq": (bool,),
+        "sparse": (bool,),
+    },
+}
 _LAZY = (base.Product, base.Scaled, base.Sum, base.Transposed)
 _named = [getattr(package, name) for package in (flows, operators) for name in package.__all__]
 for _cls in (Linearizer, Density, FixedBase, nn.Embedding, *_LAZY, *_named):
@@ -109,6 +115,8 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     if not is_described(module):
         parametrized = hasattr(module, "parametrizations")
         advice = "; remove its parametrizations (torch.nn.utils.parametrize) first" if parametrized else ""
+        if isinstance(module, OtherBase):
+            raise TypeError(f"cannot save {module}: give Density a module of a registered class that returns it")
         raise TypeError(f"cannot save a {kind}: register its class with linfast.io.register{advice}")
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
     # The signature of __init__, not of the class: a module without its own constructor takes no arguments.
@@ -206,6 +214,9 @@ class _Builder:
         arguments = {}
         for key in _of_type(dict, node["arguments"]):  # a comprehension would take one more of Python's 1000 frames
             arguments[key] = self._value(node["arguments"][key], depth, f"{name}: {key}")
+        for key, value in arguments.items() if cls in _ARGUMENTS else ():
+            if type(value) not in _ARGUMENTS[cls].get(key, ()):
+                raise _Refused(f"{name} takes no {key} {value!r:.60}")
         try:
             self.parts.append(cls(**arguments))
         except RuntimeError as error:

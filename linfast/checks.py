@@ -31,7 +31,10 @@ def check_dense(name: str, x: object) -> Tensor:
     """Return x; TypeError unless it is a tensor with a shape and strides: not sparse, nested, mkldnn or lazy."""
     dense = isinstance(x, Tensor) and x.layout is torch.strided and not x.is_nested
     if not dense or isinstance(x, UninitializedTensorMixin):
-        raise TypeError(f"{name} must be a {'dense ' if isinstance(x, Tensor) else ''}tensor; got {_shown(x)}")
+        advice = ": torch.as_tensor makes one of it" if type(x).__module__ == "numpy" else ""
+        raise TypeError(
+            f"{name} must be a {'dense ' if isinstance(x, Tensor) else ''}tensor; got {_shown(x)}{advice}"
+        )
     return x  # type: ignore[return-value]
 
 
@@ -65,7 +68,8 @@ def check_like(kind: str, name: str, x: Any, parameter: Tensor | None) -> None:
         cast = torch.get_autocast_dtype(x.device.type) if on else None
         if cast is None or parameter.dtype == torch.float64 or x.dtype not in (torch.float32, cast):
             under = "" if cast is None else f" under autocast in {cast}"
-            raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}")
+            advice = "" if under else f": pass {name}.to({parameter.dtype}), or convert the module"
+            raise ValueError(f"{kind}: {name} is {x.dtype} and the parameters are {parameter.dtype}{under}{advice}")
 
 
 def check_count(name: str, n: Any, least: int = 1, most: float = _MOST) -> int:

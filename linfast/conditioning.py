@@ -70,7 +70,8 @@ def time_rows(t: float | Tensor | None, like: Tensor, timed: bool, name: str) ->
 def check_context(kind: str, context: Any, x: Tensor, features: int) -> None:
     """Raise unless the context is [B or 1, features] and like x [B, ...], or None where ``features`` is 0."""
     if (context is None) != (features == 0):
-        raise ValueError(f"{kind} has context_features={features}; got context={_shown(context)}")
+        wanted = f"context must be [{x.shape[0]}, {features}] or [1, {features}]: " if features else ""
+        raise ValueError(f"{wanted}{kind} has context_features={features}; got context={_shown(context)}")
     if context is not None:
         check_like(kind, "context", context, x)
         if context.ndim != 2 or context.shape[1] != features or context.shape[0] not in (1, x.shape[0]):

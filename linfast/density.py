@@ -9,6 +9,7 @@ Source: Rezende and Mohamed, "Variational Inference with Normalizing Flows" (arX
 from __future__ import annotations
 
 import math
+import numbers
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -17,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .base_distributions import full_shape, kept
-from .checks import check_count, check_counts, check_dense, check_kind
-from .dispatch import capturing, has_values
+from .base_distributions import FixedBase, check_fits, kept
+from .checks import DTYPES, check_count, check_counts, check_dense, check_kind
+from .dispatch import capturing, has_values, without_autocast
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
 from .flows.flow import Flow
@@ -40,8 +41,8 @@ class Density(nn.Module, HubMethods):
         flow: g, a Bijection from data x to noise z. Flows made with ``context_features`` take a context.
         base: the distribution of z. None: standard normal. A torch.distributions distribution over one z, such as
             ``Independent(Laplace(zeros(2), ones(2)), 1)``; for independent values also a batch of distributions, or
-            one for all. Its tensors move with the module and are not trained. To train them, give a module whose
-            ``forward()`` returns the distribution.
+            one for all. It should have a density everywhere, since g may give any z. Its tensors move with the
+            module and are not trained. To train them, give a module whose ``forward()`` returns the distribution.
         embedding: a module that computes the flow's context [B, C] from what is passed as ``context``: labels
             [B] with ``torch.nn.Embedding(10, 16)``, or images with a network.
         shape: the shape of one z, by default that of the base or of the flow's data.
@@ -70,7 +71,7 @@ class Density(nn.Module, HubMethods):
         self.base = kept(base) if isinstance(base, Distribution) else base
         self.embedding = embedding
         self.shape = _shape(flow, base, shape)
-        self._scale_is_known = _begins_with_actnorm(flow)
+        self._scale_is_known = any(isinstance(module, ActNorm) for module in flow.modules())
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``log_prob(x, context)``."""
@@ -79,12 +80,14 @@ class Density(nn.Module, HubMethods):
     def log_prob(self, x: Tensor, context: Any = None) -> Tensor:
         """log p(x | context) [B] in nats, of x [B, ...] in the units of the data; in fp32 or wider.
 
-        Warns once, in training mode, where the first batch is far from unit scale (see ``standardize``).
+        Warns once where data are far from unit scale (see ``standardize``): it looks at the first batch of 16 rows
+        or more in training mode, outside torch.compile, and at none where the flow has an ActNorm.
 
         Raises:
             TypeError, ValueError: x or the context is missing, not expected, or of another shape, dtype or device.
         """
-        z, log_det = self.flow.forward_and_log_det(x, **self._given(context))
+        rows = x.shape[0] if isinstance(x, Tensor) and x.ndim else None
+        z, log_det = self.flow.forward_and_log_det(x, **self._given(context, rows))
         if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
             self._check_scale(x)
         return self._base_log_prob(z) + log_det
@@ -93,7 +96,8 @@ class Density(nn.Module, HubMethods):
     def sample(self, n: int, context: Any = None) -> Tensor:
         """n samples [n, ...] of p(x | context), without gradients. ``context``: one for all, or n of them.
 
-        Noise is drawn from torch's generator of the module's device: ``torch.manual_seed`` repeats it.
+        Noise is drawn from torch's generator of the module's device: ``torch.manual_seed`` repeats it. Where the
+        flow has dropout or batch norm, call ``eval()`` first: in training mode each call is another flow.
 
         Raises:
             TypeError, ValueError: n is not a whole number; the context is missing, not expected, or of another
@@ -121,15 +125,20 @@ class Density(nn.Module, HubMethods):
     def standardize(self, x: Tensor) -> Density:
         """Shift and scale data to mean 0 and standard deviation 1 per feature (channel), by those of x [N, ...].
 
-        The first layer of ``flow`` is then an ActNorm with these values, which is not trained. ``log_prob`` and
-        samples stay in the units of the data. Returns the density itself.
+        The first layer of ``flow`` is then an ActNorm with these values, which is not trained; the names in the
+        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. ``log_prob`` and samples stay
+        in the units of the data. In a torch.distributed process group all processes call it together, and the
+        values are those of all their data. Returns the density itself.
 
         Raises:
             ValueError: a feature that is constant in x, or values that are not finite.
             RuntimeError: the flow begins with an ActNorm already.
         """
         if _begins_with_actnorm(self.flow):
-            raise RuntimeError("the flow begins with an ActNorm already, which sets the scale of the data")
+            raise RuntimeError(
+                "the flow begins with an ActNorm already (standardize puts one there), which sets the scale of the "
+                "data: make a new Density to standardize by other data"
+            )
         self.flow._check("x", x, self.flow.features)
         numbers = torch.finfo(x.dtype)
         layer = ActNorm(x.shape[1], min_std=numbers.tiny).to(x).requires_grad_(False)
@@ -155,53 +164,74 @@ class Density(nn.Module, HubMethods):
                 raise ValueError("context must be given: this density has an embedding; got None")
             return {}
         if self.embedding is not None:
-            if isinstance(context, int):
-                context = torch.tensor([check_count("context", context, least=0)], device=self._like().device)
-            context = self.embedding(
-                context[None] if isinstance(context, Tensor) and context.ndim == 0 else context
+            context = self._embedded(context)
+        elif check_dense("context", context).dtype not in DTYPES:
+            raise ValueError(
+                f"context must be floating point; got {context.dtype} {tuple(context.shape)}: for labels give "
+                "Density an embedding, such as torch.nn.Embedding(classes, size)"
             )
-        context = context[None] if check_dense("context", context).ndim == 1 else context
-        if n is not None and context.ndim == 2 and context.shape[0] not in (1, n):
+        context = context[None] if context.ndim == 1 else context
+        if context.ndim == 2 and n is not None and context.shape[0] not in (1, n):
             raise ValueError(f"context must be one row for all samples or n = {n} rows; got {tuple(context.shape)}")
         return {"context": context}
+
+    def _embedded(self, context: Any) -> Tensor:
+        """The embedding's vectors [B or 1, C]."""
+        assert self.embedding is not None
+        if isinstance(context, numbers.Integral):
+            context = torch.tensor([check_count("context", context, least=0)], device=self._like().device)
+        elif isinstance(context, Tensor) and context.ndim == 0:
+            context = context[None]
+        try:
+            vectors = self.embedding(context)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            shown = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
+            raise ValueError(f"context {shown} is refused by the embedding: {error}") from error
+        return check_dense("what the embedding makes of context", vectors)
 
     def _like(self) -> Tensor:
         """A tensor with the dtype and the device of the module."""
         tensors = (*self.flow.parameters(), *self.parameters(), *self.buffers())
         return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
 
+    def _distribution(self, dtype: torch.dtype, shape: Sequence[int]) -> Distribution:
+        """The base, in this dtype where it is fixed; it must be over one z of this shape."""
+        assert self.base is not None
+        base = self.base(dtype) if isinstance(self.base, FixedBase) else self.base()
+        check_fits(base, shape)
+        return base
+
     def _base_log_prob(self, z: Tensor) -> Tensor:
         wide = z.to(torch.promote_types(z.dtype, torch.float32))
-        if self.base is not None:
-            values = self.base().log_prob(wide)
-        else:
-            values = -0.5 * (wide.square() + math.log(2 * math.pi))
-        if values.shape[0] != z.shape[0] or values.ndim > z.ndim:
-            raise ValueError(
-                f"base gives log_prob {tuple(values.shape)} for z {tuple(z.shape)}: it is not over one z"
-            )
+        if self.base is None:
+            return (-0.5 * (wide.square() + math.log(2 * math.pi))).flatten(1).sum(1)
+
+        def log_prob() -> Tensor:
+            return self._distribution(wide.dtype, wide.shape[1:]).log_prob(wide)
+
+        values = without_autocast(z.device.type, log_prob)
         return values.flatten(1).sum(1) if values.ndim > 1 else values
 
     def _noise(self, n: int, reparametrised: bool) -> Tensor:
         """n samples z [n, ...] of the base."""
-        n, like = check_count("n", n, least=0), self._like()
-        if self.shape is None:
+        n, like, shape = check_count("n", n, least=0), self._like(), self.shape
+        if shape is None:
             raise ValueError("the shape of z is not known: pass it to Density, as shape=(channels, height, width)")
         if self.base is None:
-            return torch.randn(n, *self.shape, dtype=like.dtype, device=like.device)
-        base = self.base()
-        fixed = base.has_rsample or not any(parameter.requires_grad for parameter in self.base.parameters())
-        if reparametrised and not fixed:
-            raise NotImplementedError(
-                f"base has parameters, and a {type(base).__name__} has no rsample to train them"
-            )
-        missing = len(self.shape) - len(base.event_shape)
-        if missing < 0:
-            raise ValueError(
-                f"base is over values of shape {tuple(base.event_shape)}, and one z has shape {self.shape}"
-            )
-        base = base.expand(self.shape[:missing]) if tuple(base.batch_shape) != self.shape[:missing] else base
-        return (base.rsample if reparametrised and base.has_rsample else base.sample)((n,)).to(like.dtype)
+            return torch.randn(n, *shape, dtype=like.dtype, device=like.device)
+        trained = any(parameter.requires_grad for parameter in self.base.parameters())
+
+        def draw() -> Tensor:
+            base = self._distribution(torch.promote_types(like.dtype, torch.float32), shape)
+            if reparametrised and trained and not base.has_rsample:
+                raise NotImplementedError(
+                    f"base has parameters, and {type(base).__name__} has no rsample to train them"
+                )
+            batch = shape[: len(shape) - len(base.event_shape)]
+            base = base if tuple(base.batch_shape) == batch else base.expand(batch)
+            return (base.rsample if reparametrised and base.has_rsample else base.sample)((n,))
+
+        return without_autocast(like.device.type, draw).to(like.dtype)
 
     def _check_scale(self, x: Tensor) -> None:
         """Warn where x is far from unit scale. It reads x on the host, once."""
@@ -226,10 +256,12 @@ def _begins_with_actnorm(flow: Bijection) -> bool:
 
 
 def _shape(flow: Bijection, base: Any, shape: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The shape of one z, from the argument, the base or the flow; ValueError where the base does not fit it."""
-    of_base = full_shape(base) if isinstance(base, Distribution) else ()
+    """The shape of one z, from the argument, the base or the flow; ValueError where they do not agree."""
+    of_base = (*base.batch_shape, *base.event_shape) if isinstance(base, Distribution) else ()
     if shape is not None:
         found: tuple[int, ...] | None = check_counts("shape", shape)
+        if found and flow.features_out not in (None, found[0]):
+            raise ValueError(f"shape must begin with the {flow.features_out} features of z; got {found}")
     elif flow.shape is not None and flow.features_out == flow.features:
         found = tuple(flow.shape)
     elif of_base:
@@ -237,9 +269,5 @@ def _shape(flow: Bijection, base: Any, shape: Sequence[int] | None) -> tuple[int
     else:
         found = None if flow.features_out is None else (flow.features_out,)
     if found is not None and of_base:
-        event = len(base.event_shape)
-        same_event = event == 0 or of_base[-event:] == found[-event:]
-        same_batch = all(mine in (1, theirs) for mine, theirs in zip(of_base[::-1], found[::-1], strict=False))
-        if len(of_base) > len(found) or not same_event or not same_batch:
-            raise ValueError(f"base is over values of shape {of_base}, and one z has shape {found}")
+        check_fits(base, found)
     return found

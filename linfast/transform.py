@@ -23,8 +23,8 @@ class FlowTransform(Transform):
 
     Args:
         flow: g, a Bijection whose z has the shape of x.
-        cache_size: 1 (the default) keeps the last pair (x, z), so that the density of a sample needs no inversion;
-            the flow must not be changed between the two. 0 keeps none.
+        cache_size: as in torch.distributions: 1 keeps the last pair (x, z), so that a sample is not inverted again;
+            the weights must not change between the two.
 
     Raises:
         TypeError: flow is not a Bijection.
@@ -33,14 +33,13 @@ class FlowTransform(Transform):
 
     bijective = True
 
-    def __init__(self, flow: Bijection, cache_size: int = 1) -> None:
+    def __init__(self, flow: Bijection, cache_size: int = 0) -> None:
         super().__init__(cache_size=check_count("cache_size", cache_size, least=0, most=1))
         check_kind("flow", flow, Bijection)
         if flow.features_out != flow.features:
             raise ValueError(f"flow must keep the shape of x: {flow.features} features become {flow.features_out}")
         self.flow = flow
         self._event = 1 if flow.shape is None else len(flow.shape)
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None  # x, z and log|det dz/dx|
 
     @property
     def domain(self) -> constraints.Constraint:  # type: ignore[override]
@@ -54,24 +53,13 @@ class FlowTransform(Transform):
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """log|det dg/dx| [...] at x; y = g(x)."""
-        last = self._last
-        if last is not None and last[0] is x and last[1] is y:
-            return last[2]
         return self.flow.forward_and_log_det(self._batch(x))[1].reshape(x.shape[: x.ndim - self._event])
 
     def _call(self, x: Tensor) -> Tensor:
-        return self._computed(x, inverse=False)
+        return self.flow(self._batch(x)).reshape(x.shape)
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return self._computed(y, inverse=True)
-
-    def _computed(self, x: Tensor, inverse: bool) -> Tensor:
-        method = self.flow.inverse_and_log_det if inverse else self.flow.forward_and_log_det
-        y, log_det = method(self._batch(x))
-        y, log_det = y.reshape(x.shape), log_det.reshape(x.shape[: x.ndim - self._event])
-        if self._cache_size:
-            self._last = (y, x, -log_det) if inverse else (x, y, log_det)
-        return y
+        return self.flow.inverse(self._batch(y)).reshape(y.shape)
 
     def _batch(self, x: Tensor) -> Tensor:
         """x [..., *event] as [B, *event]."""

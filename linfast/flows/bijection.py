@@ -193,6 +193,7 @@ class Inverse(Bijection):
         check_kind("bijection", bijection, Bijection)
         self.bijection = bijection
         self.features = bijection.features_out
+        self.shape = bijection.shape if bijection.features_out == bijection.features else None
 
     @property
     def features_out(self) -> int | None:

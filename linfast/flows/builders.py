@@ -80,7 +80,11 @@ def coupling_flow(
         >>> g = lf.coupling_flow(features=8, depth=4, hidden=(64, 64), context_features=3)
         >>> z, log_det = g.forward_and_log_det(torch.randn(5, 8), context=torch.randn(5, 3))
     """
-    features = check_count("features", features, least=2)
+    features = check_count("features", features)
+    if features == 1:
+        raise ValueError(
+            "features must be at least 2, as a coupling moves half of them; got 1: use autoregressive_flow"
+        )
     make = partial(
         MLP, hidden=hidden, activation=activation, time_features=time_features, context_features=context_features
     )

@@ -93,7 +93,9 @@ class Flow(Bijection):
         chosen: list[Any] = list(self.bijections)[index]
         features = chosen[0].features if chosen else self.features
         same = not chosen or chosen[0] is self.bijections[0] or (self.shape is not None and len(self.shape) == 1)
-        return Flow(chosen, features, self.shape if same and features == self.features else None, self.memory)
+        part = Flow(chosen, features, self.shape if same and features == self.features else None, self.memory)
+        part.training = self.training
+        return part
 
     def __bool__(self) -> bool:
         return True  # as any module, and although an empty flow has length 0

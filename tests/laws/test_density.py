@@ -9,12 +9,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributions as D
 from torch import Tensor, nn
 
 import linfast as lf
+from linfast.base_distributions import _mapped
 from tests.laws.zoo import perturb
 from tests.processes import results_of_two
 
@@ -147,6 +149,15 @@ def test_wrong_contexts_are_named() -> None:
         p(x)
     with pytest.raises(TypeError, match="context must be a tensor; got 3"):
         p(x, 3)
+    with pytest.raises(ValueError, match=r"got torch.int64 \(4,\): for labels give Density an embedding"):
+        p(x, torch.tensor([0, 1, 2, 0]))
+    labelled = lf.Density(lf.coupling_flow(2, 2, (8,), context_features=3), embedding=nn.Embedding(5, 3))
+    for wrong in (7, torch.tensor(9), [1, 2], torch.ones(4)):
+        with pytest.raises(ValueError, match=r"context .* is refused by the embedding"):
+            labelled(x.float(), wrong)
+    with pytest.raises(ValueError, match="one row for all samples or n = 4 rows"):
+        labelled(x.float(), torch.tensor([1, 2]))
+    assert labelled.sample(3, np.int64(2)).shape == (3, 2)
     with pytest.raises(ValueError, match="context_features=0"):
         _density()(x, torch.randn(4, 3, dtype=F64))
 
@@ -168,7 +179,9 @@ def test_images_with_a_context_and_any_shape() -> None:
 def test_files_pickles_and_copies_keep_the_density(name: str, tmp_path: Path) -> None:
     p, x = _density(BASES[name]()).standardize(3 + 2 * torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
     if name == "logistic":
-        with pytest.raises(TypeError, match="cannot save a OtherBase"):
+        with pytest.raises(
+            TypeError, match="cannot save a base of class TransformedDistribution: give Density a module"
+        ):
             lf.save(p, tmp_path / "p.safetensors")
     else:
         lf.save(p, tmp_path / "p.safetensors")
@@ -193,6 +206,15 @@ class _Learned(nn.Module):
         return D.Independent(D.Normal(self.loc, torch.ones_like(self.loc)), 1)
 
 
+class _Returning(nn.Module):
+    def __init__(self, value: object) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self) -> object:
+        return self.value
+
+
 def test_a_module_is_a_base_that_is_trained() -> None:
     p = _density(_Learned())
     p(torch.randn(3, 2, dtype=F64)).sum().backward()
@@ -207,8 +229,21 @@ def test_bases_that_do_not_fit_are_refused() -> None:
         lf.Density(flow, D.Normal(torch.zeros(3), torch.ones(3)))
     with pytest.raises(ValueError, match="require a gradient"):
         lf.Density(flow, D.Normal(torch.zeros(2, requires_grad=True), torch.ones(2)))
+    with pytest.raises(ValueError, match="base must be a distribution of real numbers; got a Categorical"):
+        lf.Density(flow, D.Categorical(torch.ones(3)))
+    with pytest.raises(ValueError, match=r"shape must begin with the 2 features of z; got \(3,\)"):
+        lf.Density(flow, shape=(3,))
     with pytest.raises(TypeError, match="base must be"):
         lf.Density(flow, "normal")  # type: ignore[arg-type]
+    wrong = _Learned()
+    wrong.loc = nn.Parameter(torch.zeros(3))
+    for call in (lambda p: p(torch.randn(4, 2)), lambda p: p.sample(4)):
+        with pytest.raises(ValueError, match=r"base is over values of shape \(3,\), and one z has shape \(2,\)"):
+            call(lf.Density(flow, wrong))
+        with pytest.raises(TypeError, match=r"base must return a torch\.distributions distribution; got a Tensor"):
+            call(lf.Density(flow, _Returning(torch.zeros(2))))
+    with pytest.raises(ValueError, match="support"):
+        lf.Density(flow, D.Exponential(torch.ones(2)))(torch.tensor([[-1.0, -2.0]]))
     with pytest.raises(TypeError, match="flow must be a Bijection"):
         lf.Density(nn.Linear(2, 2))  # type: ignore[arg-type]
 
@@ -284,6 +319,27 @@ def test_data_far_from_unit_scale_give_one_warning_in_training() -> None:
         lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2) * torch.tensor([1.0, 1e-3]))
 
 
+def test_what_standardize_keeps() -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,), memory="invert")).eval()
+    weights = [*p.parameters()]
+    p.standardize(torch.randn(9, 2))
+    assert isinstance(p.flow, lf.Flow)
+    assert p.flow.memory == "invert"
+    assert not p.flow.training
+    assert not p.flow[0].training
+    assert all(mine is theirs for mine, theirs in zip([*p.flow[1:].parameters()], weights, strict=True))
+
+
+def test_a_flow_with_its_own_actnorm_gives_no_warning() -> None:
+    far = 5000 + 1000 * torch.randn(50, 1, 8, 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lf.Density(lf.image_flow(1, 8, 2, 8, actnorm=True))(far)
+        compiled = torch.compile(lf.Density(lf.coupling_flow(2, 2, (8,))), fullgraph=True, backend="eager")
+        warnings.filterwarnings("default", category=DeprecationWarning)
+        compiled(far.flatten(1)[:, :2])
+
+
 # How it runs
 
 
@@ -299,8 +355,43 @@ def test_compiled_and_under_autocast(compiled: bool) -> None:
     torch.testing.assert_close(found, p(x, context), rtol=0.05, atol=0.1)
 
 
+def test_a_base_is_computed_in_single_precision_or_wider() -> None:
+    torch.manual_seed(0)
+    base = D.LowRankMultivariateNormal(torch.zeros(8), torch.randn(8, 3), torch.full((8,), 0.01))
+    p, x = lf.Density(lf.Flow([lf.Permute(8)]), base), torch.randn(20, 8)
+    expected = base.log_prob(p.flow(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(p(x), expected)
+        drawn, log_prob = p.sample_and_log_prob(5)
+        torch.testing.assert_close(p(drawn), log_prob)
+    half = lf.Density(perturb(lf.coupling_flow(8, 2, (8,))), base).bfloat16()
+    torch.testing.assert_close(
+        half(x.bfloat16()), base.log_prob(half.flow(x.bfloat16()).float()), rtol=0.05, atol=1.0
+    )
+    assert half.sample(3).dtype is torch.bfloat16
+    double = lf.Density(lf.coupling_flow(8, 2, (8,)).double(), base)
+    torch.testing.assert_close(double(x.double()).float(), base.log_prob(x), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["logistic", "independent"])
+def test_a_copy_shares_nothing_with_the_density(name: str) -> None:
+    p, x = _density(BASES[name]()), torch.randn(3, 2, dtype=F64)
+    other, before = copy.deepcopy(p), p(x)
+    assert other.base is not None
+    _mapped(other.base().base_dist, lambda tensor: tensor.add_(1))  # type: ignore[operator]
+    assert torch.equal(p(x), before)
+
+
+def test_freeze_keeps_a_density() -> None:
+    p, x = _density().standardize(torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
+    with torch.no_grad(), lf.freeze(p):
+        assert torch.equal(p(x), p(x))
+        torch.testing.assert_close(p(x), p.log_prob(x.clone()))
+        assert p.sample(4).shape == (4, 2)
+
+
 def test_gradients_per_sample_and_empty_batches() -> None:
-    p, x = _density(), torch.randn(4, 2, dtype=F64)
+    p, x = _density(), torch.randn(20, 2, dtype=F64)
     weights = dict(p.named_parameters())
 
     def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -312,7 +403,7 @@ def test_gradients_per_sample_and_empty_batches() -> None:
         torch.testing.assert_close(value.sum(0), expected)
     assert p(x[:0]).shape == (0,)
     assert p.sample(0).shape == (0, 2)
-    assert p.to("meta")(x.to("meta")).shape == (4,)
+    assert p.to("meta")(x.to("meta")).shape == (20,)
 
 
 def _loss_of_one_of_two() -> float:
@@ -353,24 +444,20 @@ def test_a_flow_is_a_transform() -> None:
     torch.testing.assert_close(forward.log_prob(x), noise.log_prob(x), rtol=1e-9, atol=1e-9)
 
 
-def test_a_transform_inverts_no_sample_again_unless_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_transform_keeps_nothing_unless_told_to() -> None:
+    """Gradients reach the density of a sample, and a change of the weights counts at once."""
     flow = _density().flow
-    calls = []
-    monkeypatch.setattr(
-        flow, "forward_and_log_det", lambda x: calls.append(1) or lf.Flow.forward_and_log_det(flow, x)
-    )
-    for cache_size, expected in ((1, 0), (0, 1)):
-        calls.clear()
-        transform = lf.FlowTransform(flow, cache_size)
-        z = torch.randn(4, 2, dtype=F64)
-        x = transform.inv(z)
-        found = transform.log_abs_det_jacobian(x, z)
-        assert len(calls) == expected
-        torch.testing.assert_close(found, lf.Flow.forward_and_log_det(flow, x)[1], rtol=1e-9, atol=1e-9)
-        assert transform.with_cache(0)._cache_size == 0
-    images = lf.FlowTransform(lf.image_flow(2, 4, 2, 8))
+    noise = D.Independent(D.Normal(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), 1)
+    q = D.TransformedDistribution(noise, [lf.FlowTransform(flow).inv])
+    x = q.sample((5,))
+    before = q.log_prob(x)
+    assert before.requires_grad
+    perturb(flow, 0.3, seed=1)
+    assert not torch.allclose(q.log_prob(x), before)
+    assert lf.FlowTransform(flow).with_cache(1)._cache_size == 1
+    images = lf.FlowTransform(lf.Inverse(lf.image_flow(2, 4, 2, 8)))
     assert images.domain.event_dim == 3
-    assert images(torch.randn(2, 4, 4)).shape == (2, 4, 4)
+    assert images(torch.randn(5, 2, 4, 4)).shape == (5, 2, 4, 4)
     with pytest.raises(ValueError, match="flow must keep the shape of x: 2 features become 8"):
         lf.FlowTransform(lf.Squeeze(2))
 
@@ -389,6 +476,8 @@ def test_a_flow_is_a_sequence_of_its_layers() -> None:
     assert list(flow[1:3]) == layers[1:3]
     assert flow[1:3].shape == (4,)
     assert flow[:0](x) is x
+    assert flow[:2].training
+    assert not flow.eval()[:2].training
     assert bool(lf.Flow([]))
     with pytest.raises(IndexError):
         flow[6]

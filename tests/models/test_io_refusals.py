@@ -48,6 +48,29 @@ def _nested(n: int) -> str:
     return '{"class": "Transposed", "arguments": {"operator": ' * n + json.dumps(_node("Dense", n_out=2)) + "}}" * n
 
 
+_EMBEDDING = {
+    "num_embeddings": 2, "embedding_dim": 2, "padding_idx": None, "max_norm": None, "norm_type": 2.0,
+    "scale_grad_by_freq": False, "sparse": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"device": "cpu", "num_embeddings": 10**9}, {"dtype": "float32"}, {"_freeze": True}, {"num_embeddings": True},
+        {"max_norm": "a"}, {"norm_type": "x"}, {"scale_grad_by_freq": 5}, {"sparse": "yes"},
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("_little_memory")
+def test_an_embedding_takes_only_what_save_writes(change: dict[str, Any], tmp_path: Path) -> None:
+    """Its constructor takes a device too, with which it would make a table of any size."""
+    _write(tmp_path / "good", _node("Embedding", **_EMBEDDING), {"weight": torch.ones(2, 2)})
+    assert torch.equal(lf.load(tmp_path / "good")(torch.tensor([1])), torch.ones(1, 2))
+    _write(tmp_path / "f", _node("Embedding", **_EMBEDDING | change), {"weight": torch.ones(2, 2)})
+    with pytest.raises(ValueError, match=f"Embedding takes no {next(iter(change))}"):
+        lf.load(tmp_path / "f")
+
+
 @pytest.fixture
 def _little_memory() -> Iterator[None]:
     """Limit memory to a few GiB more than are in use, so that code that allocates before it checks fails."""

@@ -83,6 +83,8 @@ def differences(job: Job, whole: Job) -> list[str]:
 def _same(path: Path, expected: Path) -> bool:
     if not path.exists():
         return False
+    if path.name == "figure.png":  # its labels hold measured times
+        return True
     if path.suffix == ".pt":
         return _identical(*(torch.load(file, weights_only=True) for file in (path, expected)))
     if path.suffix == ".json":
