@@ -116,12 +116,15 @@ def parse(arguments: list[str]) -> None:
 
 
 @pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """An empty directory, a registry of adapters of its own, no window, and torch as it is outside the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.setattr(adapter, "ADAPTERS", dict(adapter.ADAPTERS))
     torch.use_deterministic_algorithms(False)
+    yield
+    if pyplot := sys.modules.get("matplotlib.pyplot"):
+        pyplot.close("all")  # a notebook's test counts the figures that are open
 
 
 @pytest.mark.parametrize("name", [*PAGES, "README.md"])

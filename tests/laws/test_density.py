@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import linfast as lf
 from linfast.base_distributions import _mapped
+from linfast.sampling.workers import process_group
 from tests.laws.zoo import perturb
 from tests.processes import results_of_two
 
@@ -406,19 +407,21 @@ def test_gradients_per_sample_and_empty_batches() -> None:
     assert p.to("meta")(x.to("meta")).shape == (20,)
 
 
-def _loss_of_one_of_two() -> float:
-    from linfast.examples.runs import process_group
+def _square_of_a_gradient() -> float:
+    torch.manual_seed(0)
+    model = nn.parallel.DistributedDataParallel(perturb(lf.Density(lf.coupling_flow(2, 2, (8,)))))
+    x = torch.randn(8, 2).chunk(2)[torch.distributed.get_rank()]
+    (-model(x).mean()).backward()
+    return float(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
 
+
+def _one_of_two() -> float:
     with process_group(torch.device("cpu")):
-        torch.manual_seed(0)
-        model = nn.parallel.DistributedDataParallel(perturb(lf.Density(lf.coupling_flow(2, 2, (8,)))))
-        x = torch.randn(8, 2).chunk(2)[torch.distributed.get_rank()]
-        (-model(x).mean()).backward()
-        return float(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+        return _square_of_a_gradient()  # DDP must end before its process group
 
 
 def test_two_processes_have_the_gradient_of_one() -> None:
-    found = results_of_two(_loss_of_one_of_two)
+    found = results_of_two(_one_of_two)
     torch.manual_seed(0)
     p = perturb(lf.Density(lf.coupling_flow(2, 2, (8,))))
     (-p(torch.randn(8, 2)).mean()).backward()  # type: ignore[operator]

@@ -57,8 +57,8 @@ _EMBEDDING = {
 @pytest.mark.parametrize(
     "change",
     [
-        {"device": "cpu", "num_embeddings": 10**9}, {"dtype": "float32"}, {"_freeze": True}, {"num_embeddings": True},
-        {"max_norm": "a"}, {"norm_type": "x"}, {"scale_grad_by_freq": 5}, {"sparse": "yes"},
+        {"device": "cpu", "num_embeddings": 10**9}, {"dtype": "float32"}, {"_freeze": True}, {"sparse": "yes"},
+        {"max_norm": "a"}, {"norm_type": "x"}, {"scale_grad_by_freq": 5}, {"num_embeddings": True},
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("_little_memory")
