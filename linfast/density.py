@@ -86,8 +86,11 @@ class Density(nn.Module, HubMethods):
         Raises:
             TypeError, ValueError: x or the context is missing, not expected, or of another shape, dtype or device.
         """
-        rows = x.shape[0] if isinstance(x, Tensor) and x.ndim else None
-        z, log_det = self.flow.forward_and_log_det(x, **self._given(context, rows))
+        given = {}
+        if context is not None or self.embedding is not None:
+            self.flow._check("x", x, self.flow.features)
+            given = self._given(context, x.shape[0], "x")
+        z, log_det = self.flow.forward_and_log_det(x, **given)
         if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
             self._check_scale(x)
         return self._base_log_prob(z) + log_det
@@ -157,8 +160,8 @@ class Density(nn.Module, HubMethods):
     def extra_repr(self) -> str:
         return f"shape={self.shape}"
 
-    def _given(self, context: Any, n: int | None = None) -> dict[str, Tensor]:
-        """The flow's keyword arguments; ``n``: how many samples are drawn."""
+    def _given(self, context: Any, rows: int, of: str = "n") -> dict[str, Tensor]:
+        """The flow's keyword arguments, for this number of samples, those of x or n."""
         if context is None:
             if self.embedding is not None:
                 raise ValueError("context must be given: this density has an embedding; got None")
@@ -171,8 +174,9 @@ class Density(nn.Module, HubMethods):
                 "Density an embedding, such as torch.nn.Embedding(classes, size)"
             )
         context = context[None] if context.ndim == 1 else context
-        if context.ndim == 2 and n is not None and context.shape[0] not in (1, n):
-            raise ValueError(f"context must be one row for all samples or n = {n} rows; got {tuple(context.shape)}")
+        if context.ndim == 2 and context.shape[0] not in (1, rows):
+            samples = f"n = {rows} rows" if of == "n" else f"{rows} rows, as x has"
+            raise ValueError(f"context must be one row for all samples or {samples}; got {tuple(context.shape)}")
         return {"context": context}
 
     def _embedded(self, context: Any) -> Tensor:

@@ -156,7 +156,7 @@ def test_wrong_contexts_are_named() -> None:
     for wrong in (7, torch.tensor(9), [1, 2], torch.ones(4)):
         with pytest.raises(ValueError, match=r"context .* is refused by the embedding"):
             labelled(x.float(), wrong)
-    with pytest.raises(ValueError, match="one row for all samples or n = 4 rows"):
+    with pytest.raises(ValueError, match="one row for all samples or 4 rows, as x has"):
         labelled(x.float(), torch.tensor([1, 2]))
     assert labelled.sample(3, np.int64(2)).shape == (3, 2)
     with pytest.raises(ValueError, match="context_features=0"):
