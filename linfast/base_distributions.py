@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution, Transform
+from torch.distributions import Distribution, Transform, constraints
 
 from .checks import check_choice, check_kind
 
@@ -131,6 +131,17 @@ def check_fits(base: Any, shape: Sequence[int]) -> None:
     same_batch = all(mine in (1, theirs) for mine, theirs in zip(full[::-1], tuple(shape)[::-1], strict=False))
     if len(full) > len(shape) or not same_event or not same_batch:
         raise ValueError(f"base is over values of shape {full}, and one z has shape {tuple(shape)}")
+
+
+def log_density(base: Distribution, z: Tensor) -> Tensor:
+    """``base.log_prob(z)``; minus infinity outside the support, also where the distribution does not look."""
+    values, support = base.log_prob(z), base.support
+    of_one_value = support
+    while isinstance(of_one_value, constraints.independent):
+        of_one_value = of_one_value.base_constraint
+    if support is None or of_one_value is constraints.real:
+        return values
+    return torch.where(support.check(z), values, -torch.inf)
 
 
 def _fixed(base: Distribution) -> FixedBase | None:

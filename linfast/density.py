@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from .base_distributions import FixedBase, check_fits, kept
+from .base_distributions import FixedBase, check_fits, kept, log_density
 from .checks import DTYPES, check_count, check_counts, check_dense, check_kind
 from .dispatch import capturing, has_values, without_autocast
 from .flows.actnorm import ActNorm
@@ -211,7 +211,7 @@ class Density(nn.Module, HubMethods):
             return (-0.5 * (wide.square() + math.log(2 * math.pi))).flatten(1).sum(1)
 
         def log_prob() -> Tensor:
-            return self._distribution(wide.dtype, wide.shape[1:]).log_prob(wide)
+            return log_density(self._distribution(wide.dtype, wide.shape[1:]), wide)
 
         values = without_autocast(z.device.type, log_prob)
         return values.flatten(1).sum(1) if values.ndim > 1 else values

@@ -243,8 +243,19 @@ def test_bases_that_do_not_fit_are_refused() -> None:
             call(lf.Density(flow, wrong))
         with pytest.raises(TypeError, match=r"base must return a torch\.distributions distribution; got a Tensor"):
             call(lf.Density(flow, _Returning(torch.zeros(2))))
+
+
+@pytest.mark.parametrize("independent", [False, True])
+def test_outside_its_support_a_base_has_no_density(independent: bool) -> None:
+    """zuko turns torch's own check off for the whole process; where it is on, it raises."""
+    base: D.Distribution = D.Exponential(torch.ones(2), validate_args=False)
+    base = D.Independent(base, 1, validate_args=False) if independent else base
+    p, x = lf.Density(lf.Flow([lf.Permute(2)]), base), torch.tensor([[-1.0, 2.0], [3.0, 2.0], [1.0, -2.0]])
+    torch.testing.assert_close(p(x), torch.tensor([-math.inf, -5.0, -math.inf]))
+    uniform = lf.Density(lf.Flow([lf.Permute(2)]), D.Uniform(torch.zeros(2), 4 * torch.ones(2)))
+    torch.testing.assert_close(uniform(x), torch.tensor([-math.inf, -2 * math.log(4.0), -math.inf]))
     with pytest.raises(ValueError, match="support"):
-        lf.Density(flow, D.Exponential(torch.ones(2)))(torch.tensor([[-1.0, -2.0]]))
+        lf.Density(lf.Flow([lf.Permute(2)]), D.Exponential(torch.ones(2), validate_args=True))(x)
     with pytest.raises(TypeError, match="flow must be a Bijection"):
         lf.Density(nn.Linear(2, 2))  # type: ignore[arg-type]
 
