@@ -91,9 +91,8 @@ class OtherBase(nn.Module):
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OtherBase:
-        return OtherBase(
-            _mapped(self.distribution, torch.clone)
-        )  # deepcopy of an inverse transform loses its inverse
+        # copy.deepcopy of an inverse transform would lose what it is the inverse of.
+        return OtherBase(_mapped(self.distribution, torch.clone))
 
     def __repr__(self) -> str:
         return f"a base of class {type(self.distribution).__name__}"

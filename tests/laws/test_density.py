@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,14 +17,10 @@ from torch import Tensor, nn
 import linfast as lf
 from linfast.base_distributions import _mapped
 from linfast.sampling.workers import process_group
-from tests.laws.zoo import perturb
+from tests.laws.zoo import density, perturb
 from tests.processes import results_of_two
 
 F64 = torch.float64
-
-
-def _density(base: D.Distribution | nn.Module | None = None, **options: object) -> lf.Density:
-    return perturb(lf.Density(lf.coupling_flow(2, 4, (16,), **options), base), 0.3).to(F64)  # type: ignore[return-value, arg-type]
 
 
 def _mixture() -> D.Distribution:
@@ -62,7 +57,7 @@ def _truth(p: lf.Density, base: D.Distribution | None, x: Tensor) -> Tensor:
 @every_base
 def test_log_prob_is_that_of_the_change_of_variables(name: str) -> None:
     base = BASES[name]()
-    p, x = _density(base), torch.randn(6, 2, dtype=F64)
+    p, x = density(base), torch.randn(6, 2, dtype=F64)
     torch.testing.assert_close(p.log_prob(x).detach(), _truth(p, base, x), rtol=1e-6, atol=1e-6)
     assert torch.equal(p(x), p.log_prob(x))
     single = copy.deepcopy(p).float()
@@ -72,7 +67,7 @@ def test_log_prob_is_that_of_the_change_of_variables(name: str) -> None:
 
 @every_base
 def test_the_density_of_samples_is_returned_with_them(name: str) -> None:
-    p = _density(BASES[name]())
+    p = density(BASES[name]())
     x, log_prob = p.sample_and_log_prob(7)
     assert x.shape == (7, 2)
     assert x.dtype is F64
@@ -80,7 +75,7 @@ def test_the_density_of_samples_is_returned_with_them(name: str) -> None:
 
 
 def test_the_density_integrates_to_one_and_samples_follow_it() -> None:
-    p = _density()
+    p = density()
     side = torch.linspace(-16, 16, 801, dtype=F64)
     x = torch.cartesian_prod(side, side)
     with torch.no_grad():
@@ -95,7 +90,7 @@ def test_the_density_integrates_to_one_and_samples_follow_it() -> None:
 
 
 def test_gradients_of_samples() -> None:
-    p = _density()
+    p = density()
     assert not p.sample(3).requires_grad
     torch.manual_seed(1)
     z = torch.randn(5, 2, dtype=F64)
@@ -107,7 +102,7 @@ def test_gradients_of_samples() -> None:
 
 
 def test_a_context_counts_for_one_sample_or_for_all() -> None:
-    p, x, context = _density(context_features=3), torch.randn(4, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
+    p, x, context = density(context_features=3), torch.randn(4, 2, dtype=F64), torch.randn(4, 3, dtype=F64)
     rows = torch.cat([p(x[i : i + 1], context[i : i + 1]) for i in range(4)])
     torch.testing.assert_close(p(x, context), rows, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(p(x, context[1]), p(x, context[1:2].expand(4, 3)), rtol=1e-12, atol=1e-12)
@@ -143,7 +138,7 @@ def test_labels_become_contexts_by_the_embedding() -> None:
 
 
 def test_wrong_contexts_are_named() -> None:
-    p, x = _density(context_features=3), torch.randn(4, 2, dtype=F64)
+    p, x = density(context_features=3), torch.randn(4, 2, dtype=F64)
     with pytest.raises(ValueError, match=r"one row for all samples or n = 4 rows; got \(2, 3\)"):
         p.sample(4, torch.randn(2, 3, dtype=F64))
     with pytest.raises(ValueError, match="context=None"):
@@ -160,7 +155,7 @@ def test_wrong_contexts_are_named() -> None:
         labelled(x.float(), torch.tensor([1, 2]))
     assert labelled.sample(3, np.int64(2)).shape == (3, 2)
     with pytest.raises(ValueError, match="context_features=0"):
-        _density()(x, torch.randn(4, 3, dtype=F64))
+        density()(x, torch.randn(4, 3, dtype=F64))
 
 
 def test_images_with_a_context_and_any_shape() -> None:
@@ -178,7 +173,7 @@ def test_images_with_a_context_and_any_shape() -> None:
 
 @every_base
 def test_files_pickles_and_copies_keep_the_density(name: str, tmp_path: Path) -> None:
-    p, x = _density(BASES[name]()).standardize(3 + 2 * torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
+    p, x = density(BASES[name]()).standardize(3 + 2 * torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
     if name == "logistic":
         with pytest.raises(
             TypeError, match="cannot save a base of class TransformedDistribution: give Density a module"
@@ -217,7 +212,7 @@ class _Returning(nn.Module):
 
 
 def test_a_module_is_a_base_that_is_trained() -> None:
-    p = _density(_Learned())
+    p = density(_Learned())
     p(torch.randn(3, 2, dtype=F64)).sum().backward()
     assert p.base is not None
     assert p.base.loc.grad.abs().min() > 0  # type: ignore[union-attr, operator]
@@ -273,85 +268,6 @@ def test_no_gradient_of_a_learned_base_is_lost() -> None:
         p.rsample(3)
 
 
-# The scale of the data
-
-
-def test_a_standardised_density_is_the_same_in_other_units() -> None:
-    """With equal weights, the density of a x + b is that of x, less log|a| per feature."""
-    x = torch.randn(300, 2, dtype=F64) @ torch.tensor([[1.0, 0.4], [0.0, 0.7]], dtype=F64)
-    scale, shift = torch.tensor([1000.0, 0.001], dtype=F64), torch.tensor([5000.0, -3.0], dtype=F64)
-    plain = _density()
-    other = copy.deepcopy(plain).standardize(scale * x + shift)
-    plain.standardize(x)
-    torch.testing.assert_close(other(scale * x + shift), plain(x) - scale.log().sum(), rtol=1e-9, atol=1e-8)
-    torch.manual_seed(0)
-    drawn = plain.sample(5)
-    torch.manual_seed(0)
-    torch.testing.assert_close(other.sample(5), scale * drawn + shift, rtol=1e-9, atol=1e-9)
-    z = plain.flow[0](x)
-    torch.testing.assert_close(z.mean(0), torch.zeros(2, dtype=F64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(z.std(0), torch.ones(2, dtype=F64))
-    assert not any(value.requires_grad for value in plain.flow[0].parameters())
-
-
-def test_images_are_standardised_per_channel() -> None:
-    x = torch.randn(20, 2, 4, 4) * torch.tensor([3.0, 50.0]).view(2, 1, 1) + 7
-    z = lf.Density(lf.image_flow(2, 4, 2, 8)).standardize(x).flow[0](x)
-    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(2), rtol=1e-5, atol=0)
-
-
-def test_standardize_says_what_it_cannot_do() -> None:
-    p = lf.Density(lf.coupling_flow(2, 2, (8,)))
-    with pytest.raises(ValueError, match=r"constant in features \[1\]"):
-        p.standardize(torch.stack((torch.randn(9), torch.full((9,), 0.1)), 1))
-    with pytest.raises(ValueError, match="x must have 2 features"):
-        p.standardize(torch.randn(9, 3))
-    with pytest.raises(ValueError, match="non-finite"):
-        p.standardize(torch.full((9, 2), math.inf))
-    p.standardize(torch.randn(9, 2))
-    with pytest.raises(RuntimeError, match="begins with an ActNorm already"):
-        p.standardize(torch.randn(9, 2))
-
-
-def test_data_far_from_unit_scale_give_one_warning_in_training() -> None:
-    p = lf.Density(lf.coupling_flow(2, 2, (8,)))
-    far = 5000 + 1000 * torch.randn(50, 2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        p.eval()(far)
-        p.train()(far[:2])  # too few to tell
-        lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2))
-    with pytest.warns(UserWarning, match=r"feature 0: mean 5\d+, deviation \d+.*call p.standardize"):
-        p(far)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        p(far)
-        lf.Density(lf.coupling_flow(2, 2, (8,))).standardize(far)(far)
-    with pytest.warns(UserWarning, match="feature 1: mean .*, deviation 0.00"):
-        lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2) * torch.tensor([1.0, 1e-3]))
-
-
-def test_what_standardize_keeps() -> None:
-    p = lf.Density(lf.coupling_flow(2, 2, (8,), memory="invert")).eval()
-    weights = [*p.parameters()]
-    p.standardize(torch.randn(9, 2))
-    assert isinstance(p.flow, lf.Flow)
-    assert p.flow.memory == "invert"
-    assert not p.flow.training
-    assert not p.flow[0].training
-    assert all(mine is theirs for mine, theirs in zip([*p.flow[1:].parameters()], weights, strict=True))
-
-
-def test_a_flow_with_its_own_actnorm_gives_no_warning() -> None:
-    far = 5000 + 1000 * torch.randn(50, 1, 8, 8)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        lf.Density(lf.image_flow(1, 8, 2, 8, actnorm=True))(far)
-        compiled = torch.compile(lf.Density(lf.coupling_flow(2, 2, (8,))), fullgraph=True, backend="eager")
-        warnings.filterwarnings("default", category=DeprecationWarning)
-        compiled(far.flatten(1)[:, :2])
-
-
 # How it runs
 
 
@@ -387,7 +303,7 @@ def test_a_base_is_computed_in_single_precision_or_wider() -> None:
 
 @pytest.mark.parametrize("name", ["logistic", "independent"])
 def test_a_copy_shares_nothing_with_the_density(name: str) -> None:
-    p, x = _density(BASES[name]()), torch.randn(3, 2, dtype=F64)
+    p, x = density(BASES[name]()), torch.randn(3, 2, dtype=F64)
     other, before = copy.deepcopy(p), p(x)
     assert other.base is not None
     _mapped(other.base().base_dist, lambda tensor: tensor.add_(1))  # type: ignore[operator]
@@ -395,7 +311,7 @@ def test_a_copy_shares_nothing_with_the_density(name: str) -> None:
 
 
 def test_freeze_keeps_a_density() -> None:
-    p, x = _density().standardize(torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
+    p, x = density().standardize(torch.randn(50, 2, dtype=F64)), torch.randn(3, 2, dtype=F64)
     with torch.no_grad(), lf.freeze(p):
         assert torch.equal(p(x), p(x))
         torch.testing.assert_close(p(x), p.log_prob(x.clone()))
@@ -403,7 +319,7 @@ def test_freeze_keeps_a_density() -> None:
 
 
 def test_gradients_per_sample_and_empty_batches() -> None:
-    p, x = _density(), torch.randn(20, 2, dtype=F64)
+    p, x = density(), torch.randn(20, 2, dtype=F64)
     weights = dict(p.named_parameters())
 
     def loss(weights: dict[str, Tensor], row: Tensor) -> Tensor:
@@ -411,6 +327,8 @@ def test_gradients_per_sample_and_empty_batches() -> None:
 
     found = torch.func.vmap(torch.func.grad(loss), (None, 0))(weights, x)
     total = torch.autograd.grad(p(x).sum(), tuple(weights.values()))
+    raw = density()  # its scale is not known, and no batched x can be read
+    torch.testing.assert_close(torch.func.vmap(raw)(x.reshape(1, 20, 2))[0], raw(x))
     for value, expected in zip(found.values(), total, strict=True):
         torch.testing.assert_close(value.sum(0), expected)
     assert p(x[:0]).shape == (0,)
@@ -438,65 +356,3 @@ def test_two_processes_have_the_gradient_of_one() -> None:
     (-p(torch.randn(8, 2)).mean()).backward()  # type: ignore[operator]
     expected = float(sum(q.grad.square().sum() for q in p.parameters() if q.grad is not None))
     assert found == pytest.approx([expected] * 2, rel=1e-5)
-
-
-# As a torch.distributions transform
-
-
-def test_a_flow_is_a_transform() -> None:
-    p = _density()
-    noise = D.Independent(D.Normal(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), 1)
-    q = D.TransformedDistribution(noise, [lf.FlowTransform(p.flow).inv])
-    x = torch.randn(3, 4, 2, dtype=F64)
-    torch.testing.assert_close(q.log_prob(x).flatten(), p(x.flatten(0, 1)), rtol=1e-10, atol=1e-10)
-    assert q.event_shape == (2,)
-    assert q.sample().shape == (2,)
-    drawn = q.rsample((5, 2))
-    assert drawn.requires_grad
-    torch.testing.assert_close(q.log_prob(drawn), p(drawn.flatten(0, 1)).reshape(5, 2), rtol=1e-9, atol=1e-9)
-    forward = D.TransformedDistribution(q, [lf.FlowTransform(p.flow)])
-    torch.testing.assert_close(forward.log_prob(x), noise.log_prob(x), rtol=1e-9, atol=1e-9)
-
-
-def test_a_transform_keeps_nothing_unless_told_to() -> None:
-    """Gradients reach the density of a sample, and a change of the weights counts at once."""
-    flow = _density().flow
-    noise = D.Independent(D.Normal(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), 1)
-    q = D.TransformedDistribution(noise, [lf.FlowTransform(flow).inv])
-    x = q.sample((5,))
-    before = q.log_prob(x)
-    assert before.requires_grad
-    perturb(flow, 0.3, seed=1)
-    assert not torch.allclose(q.log_prob(x), before)
-    assert lf.FlowTransform(flow).with_cache(1)._cache_size == 1
-    images = lf.FlowTransform(lf.Inverse(lf.image_flow(2, 4, 2, 8)))
-    assert images.domain.event_dim == 3
-    assert images(torch.randn(5, 2, 4, 4)).shape == (5, 2, 4, 4)
-    with pytest.raises(ValueError, match="flow must keep the shape of x: 2 features become 8"):
-        lf.FlowTransform(lf.Squeeze(2))
-
-
-# The layers of a flow
-
-
-def test_a_flow_is_a_sequence_of_its_layers() -> None:
-    flow = lf.coupling_flow(4, 3, (8,), mix="lu")
-    layers = list(flow)
-    assert len(flow) == len(layers) == 6
-    assert flow[0] is layers[0]
-    assert flow[-1] is layers[-1]
-    x = torch.randn(5, 4)
-    assert torch.allclose(flow[3:](flow[:3](x)), flow(x), atol=1e-6)
-    assert list(flow[1:3]) == layers[1:3]
-    assert flow[1:3].shape == (4,)
-    assert flow[:0](x) is x
-    assert flow[:2].training
-    assert not flow.eval()[:2].training
-    assert bool(lf.Flow([]))
-    with pytest.raises(IndexError):
-        flow[6]
-    longer = lf.Flow([lf.ActNorm(4), *flow], shape=(4,))
-    assert len(longer) == 7
-    image = lf.image_flow(1, 4, 2, 8)
-    assert image[1:].shape is None
-    assert image[1:](image[0](torch.randn(2, 1, 4, 4))).shape == (2, 1, 4, 4)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 import linfast as lf
 from linfast.flows import Bijection
@@ -21,6 +22,12 @@ def perturb(module: nn.Module, std: float = 0.05, seed: int = 0) -> nn.Module:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(std * noise.to(parameter.dtype))
     return module
+
+
+def density(base: Distribution | nn.Module | None = None, **options: object) -> lf.Density:
+    """The perturbed density of a coupling flow on two features, in float64."""
+    flow = lf.coupling_flow(2, 4, (16,), **options)  # type: ignore[arg-type]
+    return perturb(lf.Density(flow, base), 0.3).double()  # type: ignore[return-value]
 
 
 def relative(value: Tensor, truth: Tensor) -> float:
