@@ -117,7 +117,8 @@ def _sample(options: argparse.Namespace) -> int:
         raise FileExistsError(f"{record} is not a record of a run: move it, or choose another --out")
     if options.resume and not known:
         raise FileNotFoundError(f"{record}: no record of a run to resume")
-    if not options.overwrite and not known:
+    begun = os.path.exists(out) and os.path.getsize(out) == 0  # a run that was killed before its first record
+    if not options.overwrite and not known and not begun:
         refuse_existing([out], f"without a record --resume cannot resume it; {replaces}")
     with process_group(usable_device(options.device), "gloo") as device:  # for row counts and errors only
         f = load(options.checkpoint, device)

@@ -270,7 +270,7 @@ def _scaled(
     exponent = torch.where(largest.isfinite(), largest.frexp().exponent, 129).clamp(min=-97)
     exponent = torch.where(largest == 0, -97, exponent)
     used = torch.where(table.target[begin] < -1, is_scaled(MAP_PARTS, of_maps), is_scaled(parts, of_matrices))
-    scale = torch.where(used & (place >= 0), torch.ldexp(values.new_ones(()), 15 - exponent), 1)
+    scale = torch.where(used & (place >= 0), torch.ldexp(torch.ones_like(largest), 15 - exponent), 1)
     scaled, inverses, has_place = values.clone(), torch.zeros_like(values), place >= 0
     scaled[p] *= scale[run]
     inverses[place[has_place]] = torch.where(used, 2.0**14 / scale, 1)[has_place]

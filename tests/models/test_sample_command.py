@@ -11,7 +11,7 @@ import torch
 
 import linfast as lf
 from linfast.cli import main
-from linfast.sampling import stream
+from linfast.sampling import outputs, stream
 from linfast.sampling.outputs import lock
 
 
@@ -126,6 +126,18 @@ def test_an_interrupted_overwrite_resumes(model: Path, tmp_path: Path, capsys, m
     assert 1 not in blocks
     assert out.read_bytes() == other.read_bytes()
     assert _sample(model, out, "--seed", "1") == 0  # complete
+
+
+def test_a_run_killed_before_its_first_record_starts_again(model: Path, tmp_path: Path, monkeypatch) -> None:
+    whole, out = tmp_path / "whole.npy", tmp_path / "out.npy"
+    assert _sample(model, whole) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs.NpyFile, "_record", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert _sample(model, out) == 130
+    assert out.read_bytes() == b""
+    assert not (tmp_path / "out.npy.json").exists()
+    assert _sample(model, out) == 0
+    assert out.read_bytes() == whole.read_bytes()
 
 
 def test_an_interrupted_overwrite_is_replaced_by_another(model: Path, tmp_path: Path, monkeypatch) -> None:
