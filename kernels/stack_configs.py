@@ -229,6 +229,9 @@ LAYERS: dict[tuple[str, str], LayersConfig] = {
     ("gfx942", "exact"): _CDNA_LAYERS,
 }
 
+# The widest hidden layers of a residual network in one launch: its program holds three [ROWS, H] in registers.
+LARGEST_RESIDUAL = 128
+
 _TARGETS = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 

@@ -158,7 +158,7 @@ class ResidualMLP(nn.Module):
                 raise ValueError(f"ResidualMLP: x must be [B, {self.n_in}]; got {tuple(x.shape)}")
             given = conditions("ResidualMLP", self.embedding, t, context, x, self.context_features)
             terms = _thread.terms.get(self) if context is not None and context is _thread.context else None
-            return residual_network(x, self.network(), given, terms=terms, transposed=transposed)
+            return residual_network(x, self.network(), given, terms=terms, transposed=transposed, owner=self)
 
     def network(self) -> ResidualNetwork:
         """The weights and options, as ``linfast.ops.residual_network`` takes them.

@@ -27,11 +27,13 @@ class Residual:
         network: its layers, the parameters themselves.
         before: the module that runs on x first, row by row, or None.
         activation: its name and constants.
+        owner: the library's module.
     """
 
     network: ResidualNetwork
     before: nn.Module | None
     activation: tuple[str, tuple[float | str, ...]]
+    owner: nn.Module
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -61,7 +63,7 @@ class Residual:
     def __call__(self, x: Tensor, context: Tensor | None, terms: Terms | None = None) -> Tensor:
         """The network's output, transposed; ``terms``: those of the context, where they are known."""
         x = x if self.before is None else self.before(x)
-        return residual_network(x, self.network, context, terms=terms, transposed=True)
+        return residual_network(x, self.network, context, terms=terms, transposed=True, owner=self.owner)
 
     def __str__(self) -> str:
         first, last = self.network.first[0], self.network.last[0]
@@ -100,7 +102,7 @@ def find_residual(module: Any) -> Residual | None:
         return None
     function = activation if name[1] not in ((), ("none",)) else ACTIVATIONS.get(name[0], activation)
     blocks = [block for block in found if block is not None]
-    return Residual(ResidualNetwork(first, blocks, last, function, dropouts.pop()), before, name)
+    return Residual(ResidualNetwork(first, blocks, last, function, dropouts.pop()), before, name, module)
 
 
 def _block(block: Any, where: str) -> ResidualBlock | None:

@@ -29,6 +29,7 @@ from .activations import IN_PLACE
 from .glu_skip import glu_skip
 from .masked_plain import MASKED_ACTIVATIONS
 from .norm_activate import norm_activate
+from .residual_stack import is_one_launch, residual_stack
 
 Layer = tuple[Tensor, Tensor | None]
 """The weight [out, in] and the bias [out] or None of a linear layer."""
@@ -73,11 +74,13 @@ class Terms(NamedTuple):
         weight: W, the columns of the first weight that x is multiplied by.
         first: V c + b, [B or 1, H].
         gates: C c + d of every block, each [B or 1, H].
+        joined: the tensor whose columns ``first`` and ``gates`` are in turn, where there is one.
     """
 
     weight: Tensor
     first: Tensor
     gates: Sequence[Tensor]
+    joined: Tensor | None = None
 
 
 _NAMES = {function: name for name, function in MASKED_ACTIVATIONS.items()} | {torch.relu: "relu", F.tanh: "tanh"}
@@ -91,6 +94,7 @@ def residual_network(
     *,
     terms: Terms | None = None,
     transposed: bool = False,
+    owner: nn.Module | None = None,
 ) -> Tensor:
     """out [B, n_out] of x [B, n_in].
 
@@ -101,6 +105,7 @@ def residual_network(
         terms: ``context_terms(context, net)``, where it was computed before, in place of ``context``.
         transposed: out has strides (1, B): all samples of one output are neighbours in memory, as
             ``linfast.ops.rq_spline`` reads them fastest.
+        owner: the module whose weights these are: while it is frozen (``freeze``), they are packed once.
     """
     if terms is None and context is not None:
         context = one_row(context)
@@ -110,13 +115,13 @@ def residual_network(
             context = None
     rows = rows_at_once(x, lambda: _widths(net))
     if rows is None:
-        return _network(x, net, context, terms, transposed)
+        return _network(x, net, context, terms, transposed, owner)
     given = () if terms is None else (terms.first, *terms.gates)
     cut = [_parts(each, x.shape[0], rows) for each in (context, *given)]
     outs = []
     for part, (of_context, *of_terms) in zip(x.split(rows), zip(*cut, strict=False), strict=False):
         own = None if terms is None else Terms(terms.weight, of_terms[0], of_terms[1:])
-        outs.append(_network(part, net, of_context, own, transposed))
+        outs.append(_network(part, net, of_context, own, transposed, owner))
     return torch.cat([out.t() for out in outs], dim=1).t() if transposed else torch.cat(outs)
 
 
@@ -134,8 +139,10 @@ def all_context_terms(
     found = [_context_layers(net, context.shape[1]) for net in nets]
     layers = [layer for _, of_net in found for layer in of_net]
     weight, bias = _as_one(layers) if packed is None else packed
-    parts = iter(F.linear(context, weight, bias).split([len(weight) for weight, _ in layers], dim=1))
-    return [Terms(of_x, next(parts), [next(parts) for _ in of_net[1:]]) for of_x, of_net in found]
+    columns = [[len(weight) for weight, _ in of_net] for _, of_net in found]
+    parts = F.linear(context, weight, bias).split([*map(sum, columns)], dim=1)
+    cut = [part.split(each, dim=1) for part, each in zip(parts, columns, strict=True)]
+    return [Terms(of_x, own[0], own[1:], part) for (of_x, _), own, part in zip(found, cut, parts, strict=True)]
 
 
 def pack_context(nets: Sequence[ResidualNetwork], features: int) -> tuple[Tensor, Tensor]:
@@ -176,12 +183,16 @@ def _parts(tensor: Tensor | None, batch: int, rows: int) -> Iterator[Tensor | No
 
 
 def _network(
-    x: Tensor, net: ResidualNetwork, context: Tensor | None, terms: Terms | None, transposed: bool
-) -> Tensor:
+    x: Tensor, net: ResidualNetwork, context: Tensor | None, terms: Terms | None, transposed: bool,
+    owner: nn.Module | None,
+) -> Tensor:  # fmt: skip
     """``residual_network`` on all rows at once."""
     norms = _norms(net)
     plain = are_plain(norms, (nn.BatchNorm1d,)) and not has_global_hook()  # a hook may keep what a norm is given
     writes = plain and _may_write(x)
+    name = _NAMES.get(net.activation)
+    if writes and name is not None and context is None and is_one_launch(x, net):
+        return residual_stack(x, net, name, terms, transposed, owner)
     weight, bias = net.first
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
@@ -196,7 +207,6 @@ def _network(
             h = F.linear(x, weight[:, :n], bias).addmm_(context, weight[:, n:].t())
         else:  # the gradient of one weight is one product
             h = F.linear(cat((x, context), dim=1), weight, bias)
-    name = _NAMES.get(net.activation)
     # A batch of no rows is torch's, which counts it and leaves the statistics alone.
     if name is not None and x.shape[0] and plain and uses_triton(h, weight) and all(map(_is_known, norms)):
         h = _fused_blocks(h, net, gates, name)

@@ -13,7 +13,10 @@ from torch import Tensor
 
 from linfast import ops
 from linfast.ops import CouplingStack, linearizer_stack
+from linfast.ops.residual_network import context_terms
+from linfast.ops.residual_stack import residual_stack as run_residual_stack
 from linfast.ops.rq_spline import spline_transform
+from linfast.residual_net import ResidualMLP
 from linfast.scale_maps import ScaleMap
 from tests.ops.made import random_made
 from tests.ops.stacks import NAMES, random_layers, random_map
@@ -116,6 +119,20 @@ def glu_skip(batch: int, width: int, dtype: str = "fp32", rows: int | None = Non
     h, r, gate = (tensor(b, width, dtype=dtype) for b in (batch, batch, batch if rows is None else rows))
     bias = tensor(width, grad=not frozen)
     both_ways(ops.glu_skip(h, r, gate, bias), h, r, gate, bias)
+
+
+def residual_stack(
+    batch: int, width: int, precision: str = "exact", norms: bool = False, gates: bool = False, dtype: str = "fp32",
+    activation: str = "relu", features: tuple[int, int] = (4, 184),
+) -> None:  # fmt: skip
+    """A network of two blocks, whose output has its samples innermost, as a spline reads it."""
+    n_in, n_out = features
+    options = {"batch_norm": norms, "context_features": 8 * gates, "activation": activation}
+    net = ResidualMLP(n_in, n_out, width, **options).eval().to(_DTYPES[dtype])
+    x = tensor(batch, n_in, dtype=dtype, grad=False)
+    with torch.no_grad():
+        terms = context_terms(tensor(batch, 8, dtype=dtype, grad=False), net.network()) if gates else None
+        run_residual_stack(x, net.network(), activation, terms, True, precision=precision)
 
 
 def latent_matmul(batch: int, n: int, operators: int, dtype: str = "fp32", precision: str | None = None) -> None:
@@ -262,6 +279,8 @@ BATCHED: dict[str, Callable[[int], None]] = {
     "glu_skip": partial(glu_skip, width=6),
     "glu_skip of one gate": partial(glu_skip, width=6, rows=1),
     "norm_activate": lambda batch: norm_activate(max(batch, 2), 6),
+    "residual_stack": partial(residual_stack, width=6, precision="fast"),
+    "residual_stack, gates": partial(residual_stack, width=6, precision="fast", gates=True),
     "norm_activate, no norm": partial(norm_activate, width=6, of_batch=False, normed=False, frozen=True),
     "latent_matmul": partial(latent_matmul, n=6, operators=3),
     "latent_matmul, one per sample": lambda batch: latent_matmul(batch, 6, batch),

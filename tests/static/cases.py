@@ -52,7 +52,7 @@ def all_cases() -> list[Case]:
     makers = (
         *(_affine_couplings, _channel_mixes, _coupling_mixes, _depthwise_convs, _group_norms, _latent_matmuls),
         *(_low_ranks, _convs, _stacks, _layers, _linearizers, _gradients),
-        *(_masked, _splines, _residual_blocks),
+        *(_masked, _splines, _residual_blocks, _residual_stacks),
     )
     return [case for make in makers for case in make()]
 
@@ -129,6 +129,22 @@ def _residual_blocks() -> Iterator[Case]:
     yield Case("x51 gelu fp32", call, 64, _TWO)
     yield Case("x512 no gradients of parameters fp32", partial(calls.glu_skip, width=512, frozen=True), 64)
     yield Case("x51 one gate fp32", partial(calls.glu_skip, width=51, rows=1), 64, _TWO)
+
+
+def _residual_stacks() -> Iterator[Case]:
+    run = calls.residual_stack
+    for mode in PRECISIONS:
+        yield Case(f"H=128 {mode} fp32", partial(run, width=128, precision=mode), _FULL)
+    largest = {"width": 128, "norms": True, "gates": True, "activation": "elu"}
+    for mode in ("exact", "fast"):
+        yield Case(f"H=128 norms gates elu {mode} fp32", partial(run, **largest, precision=mode))
+    for dtype in ("fp16", "bf16"):
+        yield Case(f"H=128 {dtype}", partial(run, width=128, dtype=dtype, precision="fast"), _FULL, _TWO)
+    for batch in (8, _FULL):
+        call = partial(run, width=50, gates=True, features=(1, 161))
+        yield Case(f"H=50 B={batch} gates exact fp32", call, batch, _TWO if batch == 8 else TARGETS)
+    for activation in MASKED_ACTIVATIONS:
+        yield Case(f"H=32 {activation} exact fp32", partial(run, width=32, activation=activation), _FULL, _ONE)
 
 
 def _latent_matmuls() -> Iterator[Case]:

@@ -1,0 +1,130 @@
+"""A whole residual network in one launch, where no gradient is required (linfast.kernels.residual_stack).
+
+    h = x W^T + term,   per block  h <- h + F(h)  or  h + F(h) sigmoid(gate),   out = h W_n^T + b_n
+    F(h) = act(N_2(act(N_1(h)) W_1^T + b_1)) W_2^T + b_2,   N: batch norm by running statistics, or nothing
+
+x [B, n_in], term and gates [B or 1, H], h [B, H], out [B, n_out]. ``residual_network`` calls it; ``is_one_launch``
+decides where. One torch.cat packs the weights, at every call unless their owner is frozen (``freeze``): the kernel
+reads a run of numbers, which the weights of a network are not, and a copy that was kept would not see writes to
+them. The backward, for which nothing is packed or fused, is that of the plain reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch import cat, uses_triton
+from ..freeze import derived
+from ..kernels.stack_configs import LARGEST_RESIDUAL, mode_on, target_of
+from ..precision import part_dtype, resolve_precision
+from .masked_plain import MASKED_ACTIVATIONS
+from .register import define_op
+
+if TYPE_CHECKING:
+    from .residual_network import ResidualNetwork, Terms
+
+_FUNCTIONS = tuple(MASKED_ACTIVATIONS.values())
+_NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
+
+
+def is_one_launch(x: Tensor, net: ResidualNetwork) -> bool:
+    """Whether one launch runs this network on x, if it may (no gradient, autocast, transform or tracer).
+
+    It does so for up to 128 hidden units and any number of blocks, with a bias in each layer and norms by running
+    statistics with one eps; not with dropout, in a mix of dtypes, or for a batch of no rows.
+    """
+    if not net.blocks or net.dropout or net.first[0].shape[0] > LARGEST_RESIDUAL or not x.shape[0]:
+        return False
+    norms = [norm for block in net.blocks for norm in block.norms or ()]
+    alike = len(norms) in (0, 2 * len(net.blocks)) and len({norm.eps for norm in norms}) < 2
+    gates = {block.gate is None for block in net.blocks}
+    if not alike or len(gates) > 1 or any(norm.training for norm in norms):
+        return False
+    return all(t is not None and t.dtype == x.dtype for t in _tensors(net)) and uses_triton(x)
+
+
+def _tensors(net: ResidualNetwork) -> Iterator[Tensor | None]:
+    """What a launch reads, in the order of the packed weights; the first bias, which is a term, comes last."""
+    yield net.first[0]
+    for block in net.blocks:
+        yield from (t for layer in block.layers for t in layer)
+        for norm in block.norms or ():
+            yield from (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    yield from (*net.last, net.first[1])
+
+
+def pack_stack(net: ResidualNetwork) -> Tensor:
+    """The weights of a network that ``is_one_launch``, [N], in one launch for 31 blocks without norms, or 10 with."""
+    *tensors, _ = _tensors(net)
+    return cat([t.reshape(-1) for t in tensors if t is not None])
+
+
+def residual_stack(
+    x: Tensor, net: ResidualNetwork, activation: str, terms: Terms | None, transposed: bool,
+    owner: nn.Module | None = None, precision: str | None = None,
+) -> Tensor:  # fmt: skip
+    """out [B, n_out], with strides (1, B) where ``transposed``; the arguments are those of ``residual_network``.
+
+    ``precision``: of the products, "exact", "high", "tf32" or "fast"; None: as torch is set.
+    """
+    packed = pack_stack(net) if owner is None else derived(owner, "residual stack", lambda: pack_stack(net))
+    columns, mode = None if terms is None else terms.joined, mode_on(target_of(x), resolve_precision(x, precision))
+    if terms is not None and columns is None:
+        columns = cat([terms.first, *terms.gates], 1)
+    elif net.first[1] is not None and columns is None:
+        columns = net.first[1][None]
+    norms = net.blocks[0].norms
+    run: Any = _residual_stack if uses_triton(x, packed) else residual_stack_reference
+    out: Tensor = run(
+        x, packed, columns, net.last[0].shape[0], len(net.blocks), net.first[0].shape[1], norms is not None,
+        terms is not None and len(terms.gates) > 0, norms[0].eps if norms else 0.0, _NUMBERS[activation],
+        transposed, mode, part_dtype(x, mode),
+    )  # fmt: skip
+    return out
+
+
+def residual_stack_reference(
+    x: Tensor, packed: Tensor, terms: Tensor, n_out: int, n_blocks: int, n_given: int, norms: bool, gates: bool,
+    eps: float, activation: int, transposed: bool, precision: str, part_dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The network in plain torch, from the packed weights: sums in fp32 or wider."""
+    width = terms.shape[1] // (1 + n_blocks * gates)
+    of_block = (width * width, width) * 2 + (width,) * (8 * norms)
+    compute = torch.promote_types(x.dtype, torch.float32)
+    sizes = (width * n_given, *of_block * n_blocks, n_out * width, n_out)
+    parts = iter(packed.to(compute).split(sizes))
+    term, *of_blocks = terms.to(compute).split(width, 1)
+    h = term + x.to(compute) @ next(parts).view(width, n_given)[:, : x.shape[1]].mT
+    for i in range(n_blocks):
+        layers = [(next(parts).view(width, width), next(parts)) for _ in range(2)]
+        r = h
+        of_norms = [[next(parts) for _ in range(4 * norms)] for _ in range(2)]
+        for (weight, bias), of_norm in zip(layers, of_norms, strict=True):
+            if norms:
+                scale, shift, mean, var = of_norm
+                r = (r - mean) / (var + eps).sqrt() * scale + shift
+            r = F.linear(_FUNCTIONS[activation](r), weight, bias)
+        h = h + (r * of_blocks[i].sigmoid() if gates else r)
+    out = F.linear(h, next(parts).view(n_out, width), next(parts)).to(x.dtype)
+    return out.t().contiguous().t() if transposed else out
+
+
+def _fake(x: Tensor, packed: Tensor, terms: Tensor, n_out: int, *rest: object) -> Tensor:
+    transposed = rest[6]
+    out = x.new_empty((n_out, x.shape[0]) if transposed else (x.shape[0], n_out))
+    return out.t() if transposed else out
+
+
+_residual_stack = define_op(
+    "residual_stack(Tensor x, Tensor packed, Tensor terms, int n_out, int n_blocks, int n_given, bool norms, "
+    "bool gates, float eps, int activation, bool transposed, str precision, ScalarType part_dtype) -> Tensor",
+    _fake,
+    residual_stack_reference,
+    saves="x packed terms",
+    backward_launch=None,
+)
