@@ -139,10 +139,13 @@ def all_context_terms(
     found = [_context_layers(net, context.shape[1]) for net in nets]
     layers = [layer for _, of_net in found for layer in of_net]
     weight, bias = _as_one(layers) if packed is None else packed
-    columns = [[len(weight) for weight, _ in of_net] for _, of_net in found]
-    parts = F.linear(context, weight, bias).split([*map(sum, columns)], dim=1)
-    cut = [part.split(each, dim=1) for part, each in zip(parts, columns, strict=True)]
-    return [Terms(of_x, own[0], own[1:], part) for (of_x, _), own, part in zip(found, cut, parts, strict=True)]
+    product = F.linear(context, weight, bias)
+    parts = iter(product.split([len(weight) for weight, _ in layers], dim=1))
+    joined = product.split([sum(len(weight) for weight, _ in of_net) for _, of_net in found], dim=1)
+    return [
+        Terms(of_x, next(parts), [next(parts) for _ in of_net[1:]], own)
+        for (of_x, of_net), own in zip(found, joined, strict=True)
+    ]
 
 
 def pack_context(nets: Sequence[ResidualNetwork], features: int) -> tuple[Tensor, Tensor]:

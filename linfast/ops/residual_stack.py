@@ -38,14 +38,16 @@ def is_one_launch(x: Tensor, net: ResidualNetwork) -> bool:
     It does so for up to 128 hidden units and any number of blocks, with a bias in each layer and norms by running
     statistics with one eps; not with dropout, in a mix of dtypes, or for a batch of no rows.
     """
-    if not net.blocks or net.dropout or net.first[0].shape[0] > LARGEST_RESIDUAL or not x.shape[0]:
+    if not net.blocks or net.dropout or not x.shape[0] or not uses_triton(x):
+        return False
+    if net.first[0].shape[0] > LARGEST_RESIDUAL.get(target_of(x) or "", 0):
         return False
     norms = [norm for block in net.blocks for norm in block.norms or ()]
     alike = len(norms) in (0, 2 * len(net.blocks)) and len({norm.eps for norm in norms}) < 2
     gates = {block.gate is None for block in net.blocks}
     if not alike or len(gates) > 1 or any(norm.training for norm in norms):
         return False
-    return all(t is not None and t.dtype == x.dtype for t in _tensors(net)) and uses_triton(x)
+    return all(t is not None and t.dtype == x.dtype for t in _tensors(net))
 
 
 def _tensors(net: ResidualNetwork) -> Iterator[Tensor | None]:

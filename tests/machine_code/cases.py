@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from linfast.scale_maps import SCALE_MAP_KINDS, ScaleMap
 from tests.machine_code.variants import Case, Outputs
 from tests.ops.made import random_extras, random_made, tensors_of
 from tests.ops.made import rebuilt as rebuilt_made
+from tests.ops.residual import Net
 from tests.ops.stacks import leaves, random_layers, rebuilt
 
 __all__ = ["all_cases"]
@@ -25,7 +27,7 @@ def all_cases() -> list[Case]:
     """The cases of all ops."""
     parts = (
         *(_couplings, _mixes, _products, _convolutions, _norms, _stacks, _linearizers, _masked, _splines),
-        _residual_blocks,
+        *(_residual_blocks, _residual_stacks),
     )
     return [case for part in parts for case in part()]
 
@@ -302,3 +304,17 @@ def _residual_blocks() -> Iterator[Case]:
 
         inputs = _randn(shape, shape, (rows, shape[1]), shape[1:])
         yield Case("glu_skip", f"{shape} gate {rows}", inputs, gate, smoke=shape[0] == 300)
+
+
+def _residual_stacks() -> Iterator[Case]:
+    for batch, rows, net in (
+        (9, 9, Net(5, 20, 23, context=3)),
+        (70, 1, Net(1, 50, 37, context=2, norms=True, activation="silu", transposed=True)),
+        (40, 40, Net(3, 128, 16, blocks=1, norms=True, activation="elu")),
+        (20, 20, Net(2, 33, 40, activation="gelu", transposed=True)),
+        (17, 17, Net(18, 64, 33, activation="tanh")),
+        (17, 17, Net(3, 20, 9, blocks=1, context=2, norms=True, activation="elu", transposed=True)),
+    ):
+        label = f"{batch} rows {net.n_in}-{net.hidden}x{net.blocks}-{net.n_out} {net.activation}"
+        inputs = functools.partial(net.tensors, batch, rows)
+        yield Case("residual_stack", label, inputs, net.stack, smoke=net.n_out == 9)

@@ -64,7 +64,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.kernels.stack_backward_grid.StackPass.part_dtype": property(lambda self: torch.bfloat16),
         "linfast.kernels.latent_matmul.ELEMENTS_ALONE": ELEMENTS_ALONE,
     }
-    for module in ("coupling_stack", "coupling_layers", "conv2d_fused"):
+    for module in ("coupling_stack", "coupling_layers", "conv2d_fused", "residual_stack"):
         choices[f"linfast.kernels.{module}.activation_form"] = _activation_form
     with contextlib.ExitStack() as patches:
         batch = emulator("emulator").Batch

@@ -70,7 +70,10 @@ class Variant:
 
 
 def _parameters(op: str) -> frozenset[str]:
-    return frozenset(inspect.signature(getattr(ops, op)).parameters)
+    found = getattr(ops, op)
+    if inspect.ismodule(found):  # an op that is not public: the function of its module
+        found = getattr(found, op)
+    return frozenset(inspect.signature(found).parameters)
 
 
 def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:

@@ -134,15 +134,15 @@ def _residual_blocks() -> Iterator[Case]:
 def _residual_stacks() -> Iterator[Case]:
     run = calls.residual_stack
     for mode in PRECISIONS:
-        yield Case(f"H=128 {mode} fp32", partial(run, width=128, precision=mode), _FULL)
+        yield Case(f"H=128 {mode} fp32", partial(run, width=128, precision=mode), _FULL, _NVIDIA)
     largest = {"width": 128, "norms": True, "gates": True, "activation": "elu"}
     for mode in ("exact", "fast"):
-        yield Case(f"H=128 norms gates elu {mode} fp32", partial(run, **largest, precision=mode))
+        yield Case(f"H=128 norms gates elu {mode} fp32", partial(run, **largest, precision=mode), 8, _NVIDIA)
     for dtype in ("fp16", "bf16"):
         yield Case(f"H=128 {dtype}", partial(run, width=128, dtype=dtype, precision="fast"), _FULL, _TWO)
-    for batch in (8, _FULL):
+    for batch, targets in ((8, _TWO), (_FULL, _NVIDIA)):
         call = partial(run, width=50, gates=True, features=(1, 161))
-        yield Case(f"H=50 B={batch} gates exact fp32", call, batch, _TWO if batch == 8 else TARGETS)
+        yield Case(f"H=50 B={batch} gates exact fp32", call, batch, targets)
     for activation in MASKED_ACTIVATIONS:
         yield Case(f"H=32 {activation} exact fp32", partial(run, width=32, activation=activation), _FULL, _ONE)
 

@@ -23,6 +23,7 @@ from linfast.kernels import (
     low_rank,
     masked_autoregressive,
     norm_activate,
+    residual_stack,
     rq_spline,
     stack_backward_grid,
     stack_pack,
@@ -74,6 +75,8 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
         for tile in (norm_activate.SUMMING, norm_activate.ELEMENTWISE):
             yield TARGETS, kernel, tile
     yield TARGETS, "_glu_skip_kernel", norm_activate.ELEMENTWISE
+    for tile in (residual_stack.FEW, residual_stack.IN_PARTS, residual_stack.IN_ONE_PART):
+        yield _NVIDIA, "_residual_stack_kernel", tile
     for kernel, banks in {
         "_bank_kernel": [bank for _, bank in latent_matmul.TILES],
         "_bank_gradient_kernel": [latent_matmul.GRADIENT_TILE],
@@ -148,7 +151,7 @@ def test_every_launched_kernel_is_recorded_for_every_target(now: list[Launch]) -
     assert len(launched) > 20
     missing = {(name, target) for name in launched for target in TARGETS}
     missing -= {(launch.kernel, launch.target) for launch in now}
-    assert missing == {(name, "gfx942") for name in _OF_CONVOLUTIONS}
+    assert missing == {(name, "gfx942") for name in (*_OF_CONVOLUTIONS, "_residual_stack_kernel")}
 
 
 def test_every_entry_of_every_table_is_recorded_where_it_ships(now: list[Launch]) -> None:
