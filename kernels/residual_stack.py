@@ -36,10 +36,10 @@ from .row_products import FP16, FP32, Mode
 from .stack_configs import MULTIPROCESSORS, target_of
 
 # CHUNK columns of a hidden layer or of the output per step, DEPTH features of x per step. Loads are not pipelined:
-# copies ahead of 50 columns, one number each, spill. FEW rows for small batches, so that more multiprocessors work,
-# and for 128 columns in parts: a warp's 16 rows of them in three parts fill 96 registers of each thread.
+# copies ahead of 50 columns, one number each, spill. A warp's 16 rows of 128 columns in three parts fill 96 registers
+# of each thread: 32 rows spill. FEW is also for small batches, so that more multiprocessors work.
 FEW = {"ROWS": 16, "CHUNK": 32, "DEPTH": 16, "num_warps": 4}
-IN_PARTS = {"ROWS": 32, "CHUNK": 32, "DEPTH": 16, "num_warps": 8}  # of up to 64 columns
+IN_PARTS = {"ROWS": 32, "CHUNK": 32, "DEPTH": 16, "num_warps": 8}  # two parts, or three of up to 64 columns
 IN_ONE_PART = {"ROWS": 64, "CHUNK": 32, "DEPTH": 16, "num_warps": 8}
 
 
@@ -162,4 +162,4 @@ def tile_for(x: Tensor, hidden: int, parts: int) -> Tile:
     """FEW also where it leaves no more than one program for each multiprocessor."""
     if x.shape[0] <= FEW["ROWS"] * MULTIPROCESSORS.get(target_of(x) or "", 0):
         return FEW
-    return IN_ONE_PART if parts == 1 else IN_PARTS if hidden <= 64 else FEW
+    return IN_ONE_PART if parts == 1 else IN_PARTS if parts == 2 or hidden <= 64 else FEW

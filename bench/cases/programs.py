@@ -164,7 +164,11 @@ CASES = [
         sizes={
             "tiny": [{**size, "depth": 2, "hidden": 8, "batch": 8} for size in _OF.values()],
             "quick": grid(_BASE, direction=_DIRECTIONS),
-            "gpu": grid(_OF["dingo"], batch=(4096,), direction=_DIRECTIONS),
+            "gpu": [
+                *grid(_OF["dingo"], batch=(4096,), direction=_DIRECTIONS),
+                *grid(_OF["sbi"], batch=(512, 65536), direction=(FORWARD, INVERSE)),
+                *grid(_OF["nessai"], batch=(512, 65536), direction=(FORWARD, INVERSE)),
+            ],
             "full": [*_EVERY, *grid(_OF["dingo"], batch=(64, 1024), direction=_DIRECTIONS)],
         },
         every_size=True,

@@ -194,7 +194,8 @@ def _network(
     plain = are_plain(norms, (nn.BatchNorm1d,)) and not has_global_hook()  # a hook may keep what a norm is given
     writes = plain and _may_write(x)
     name = _NAMES.get(net.activation)
-    if writes and name is not None and context is None and is_one_launch(x, net):
+    given = context is None or terms is not None
+    if writes and given and name is not None and is_one_launch(x, net):
         return residual_stack(x, net, name, terms, transposed, owner)
     weight, bias = net.first
     gates: Iterator[Tensor] = iter(())

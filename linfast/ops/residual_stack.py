@@ -6,11 +6,12 @@
 x [B, n_in], term and gates [B or 1, H], h [B, H], out [B, n_out]. ``residual_network`` calls it; ``is_one_launch``
 decides where. One torch.cat packs the weights, at every call unless their owner is frozen (``freeze``): the kernel
 reads a run of numbers, which the weights of a network are not, and a copy that was kept would not see writes to
-them. The backward, for which nothing is packed or fused, is that of the plain reference.
+them. The op has no gradient.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from ..freeze import derived
 from ..kernels.stack_configs import LARGEST_RESIDUAL, mode_on, target_of
 from ..precision import part_dtype, resolve_precision
 from .masked_plain import MASKED_ACTIVATIONS
-from .register import define_op
+from .register import RawOp
 
 if TYPE_CHECKING:
     from .residual_network import ResidualNetwork, Terms
@@ -95,24 +96,27 @@ def residual_stack_reference(
     eps: float, activation: int, transposed: bool, precision: str, part_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The network in plain torch, from the packed weights: sums in fp32 or wider."""
-    width = terms.shape[1] // (1 + n_blocks * gates)
-    of_block = (width * width, width) * 2 + (width,) * (8 * norms)
+    width, act = terms.shape[1] // (1 + n_blocks * gates), _FUNCTIONS[activation]
     compute = torch.promote_types(x.dtype, torch.float32)
-    sizes = (width * n_given, *of_block * n_blocks, n_out * width, n_out)
-    parts = iter(packed.to(compute).split(sizes))
-    term, *of_blocks = terms.to(compute).split(width, 1)
-    h = term + x.to(compute) @ next(parts).view(width, n_given)[:, : x.shape[1]].mT
+    columns, rest, at = terms.to(compute), packed.to(compute), 0
+
+    def take(*shape: int) -> Tensor:
+        nonlocal at
+        at += math.prod(shape)
+        return rest[at - math.prod(shape) : at].view(shape)
+
+    h = columns[:, :width] + x.to(compute) @ take(width, n_given)[:, : x.shape[1]].mT
     for i in range(n_blocks):
-        layers = [(next(parts).view(width, width), next(parts)) for _ in range(2)]
+        layers = [(take(width, width), take(width)) for _ in range(2)]
+        of_norms = [take(4, width) for _ in range(2 * norms)]
         r = h
-        of_norms = [[next(parts) for _ in range(4 * norms)] for _ in range(2)]
-        for (weight, bias), of_norm in zip(layers, of_norms, strict=True):
+        for j, (weight, bias) in enumerate(layers):
             if norms:
-                scale, shift, mean, var = of_norm
+                scale, shift, mean, var = of_norms[j]
                 r = (r - mean) / (var + eps).sqrt() * scale + shift
-            r = F.linear(_FUNCTIONS[activation](r), weight, bias)
-        h = h + (r * of_blocks[i].sigmoid() if gates else r)
-    out = F.linear(h, next(parts).view(n_out, width), next(parts)).to(x.dtype)
+            r = F.linear(act(r), weight, bias)
+        h = h + (r * columns[:, (1 + i) * width : (2 + i) * width].sigmoid() if gates else r)
+    out = F.linear(h, take(n_out, width), take(n_out)).to(x.dtype)
     return out.t().contiguous().t() if transposed else out
 
 
@@ -122,11 +126,11 @@ def _fake(x: Tensor, packed: Tensor, terms: Tensor, n_out: int, *rest: object) -
     return out.t() if transposed else out
 
 
-_residual_stack = define_op(
-    "residual_stack(Tensor x, Tensor packed, Tensor terms, int n_out, int n_blocks, int n_given, bool norms, "
-    "bool gates, float eps, int activation, bool transposed, str precision, ScalarType part_dtype) -> Tensor",
+_residual_stack = RawOp(
+    "residual_stack",
+    "(Tensor x, Tensor packed, Tensor terms, int n_out, int n_blocks, int n_given, bool norms, bool gates, float eps, "
+    "int activation, bool transposed, str precision, ScalarType part_dtype) -> Tensor",
     _fake,
     residual_stack_reference,
-    saves="x packed terms",
-    backward_launch=None,
-)
+    "residual_stack:launch_residual_stack",
+).define()

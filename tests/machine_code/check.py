@@ -97,7 +97,7 @@ def _compared(variant: Variant, values: list[Tensor], got: list[Tensor]) -> tupl
     """Each output's error and its allowance."""
     call = _in_fp32(variant.case.call) if variant.case.x_alone else variant.case.call
     truth, size = exact(variant, values)
-    n_outputs = len(truth) - len(values)
+    n_outputs = len(truth) - len(values) * variant.case.differentiated
 
     def allowances(half: torch.dtype) -> list[float]:
         return allowed_errors(
@@ -137,10 +137,12 @@ def _leaf(value: Tensor) -> Tensor:
 
 
 def _outputs(variant: Variant, call: Callable[..., Any], inputs: list[Tensor], mode: str = "") -> list[Tensor]:
-    """The outputs of ``call``, and the gradient of every input for fixed random cotangents."""
+    """The outputs of ``call``, and the gradient of every input for fixed random cotangents, where there are any."""
     options = variant.options | ({"precision": mode} if mode and variant.mode else {})
     outputs = [o for o in call(*inputs, **options) if o is not None]
     generator = torch.Generator().manual_seed(1)
+    if not variant.case.differentiated:
+        return outputs
     cotangents = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
     gradients = torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True)
     return [*(o.detach() for o in outputs), *gradients]

@@ -30,13 +30,14 @@ class Case:
     Args:
         op: its name in linfast.ops.
         label: distinguishes it from the op's other cases.
-        inputs: fresh random fp32 tensors, x first; all are differentiated.
+        inputs: fresh random fp32 tensors, x first; all are differentiated, unless ``differentiated`` says no.
         call: (*inputs, and ``inverse`` and ``precision`` where the op has them) -> outputs.
         smoke: whether it is in the short run.
         x_alone: weights and intermediate values stay fp32 beside a half-precision x; else all are cast.
         cancels: a gradient that is zero is a difference of terms that many times as large as the largest output.
         dtypes: those in which x can be.
         modes: those that run, where the op has modes.
+        differentiated: whether the op has gradients.
     """
 
     op: str
@@ -48,6 +49,7 @@ class Case:
     cancels: float = 1.0
     dtypes: Sequence[str] = tuple(DTYPES)
     modes: Sequence[str] = PRECISIONS
+    differentiated: bool = True
 
 
 @dataclass(frozen=True)

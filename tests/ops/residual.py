@@ -56,12 +56,10 @@ class Net(NamedTuple):
         return ResidualNetwork(first, blocks, inner[-1], MASKED_ACTIVATIONS[self.activation])
 
     def _norm(self, tensors: Sequence[Tensor]) -> nn.BatchNorm1d:
-        """A norm that normalises by the last two of these tensors; gradients reach all four."""
+        """A norm with these tensors."""
         norm = nn.BatchNorm1d(self.hidden, eps=1e-3, device="meta").eval()
-        for name in ("weight", "bias", "running_mean", "running_var"):
-            (norm._parameters if name in norm._parameters else norm._buffers).pop(name)
-        for name, tensor in zip(("weight", "bias", "running_mean", "running_var"), tensors, strict=True):
-            object.__setattr__(norm, name, tensor)
+        norm.weight, norm.bias = (nn.Parameter(tensor.detach()) for tensor in tensors[:2])
+        norm.running_mean, norm.running_var = tensors[2:]
         return norm
 
     def run(self, x: Tensor, *tensors: Tensor) -> Outputs:
@@ -71,8 +69,9 @@ class Net(NamedTuple):
             return (residual_network(x, self.network(weights), context, transposed=self.transposed),)
 
     def stack(self, x: Tensor, *tensors: Tensor, precision: str | None = None) -> Outputs:
-        """The op alone, with gradients."""
+        """The op alone, in one mode."""
         context, weights = (tensors[0], tensors[1:]) if self.context else (None, tensors)
         net = self.network(weights)
-        terms = None if context is None else all_context_terms(context, [net])[0]
-        return (residual_stack(x, net, self.activation, terms, self.transposed, precision=precision),)
+        with torch.no_grad():
+            terms = None if context is None else all_context_terms(context, [net])[0]
+            return (residual_stack(x, net, self.activation, terms, self.transposed, precision=precision),)
