@@ -160,6 +160,6 @@ def launch_residual_stack(
 
 def tile_for(x: Tensor, hidden: int, parts: int) -> Tile:
     """FEW also where it leaves no more than one program for each multiprocessor."""
-    if x.shape[0] <= FEW["ROWS"] * MULTIPROCESSORS.get(target_of(x) or "", 0):
+    if x.shape[0] <= FEW["ROWS"] * MULTIPROCESSORS[target_of(x) or "sm_80"]:
         return FEW
     return IN_ONE_PART if parts == 1 else IN_PARTS if parts == 2 or hidden <= 64 else FEW

@@ -11,7 +11,8 @@ x [B, n_in], c [B or 1, n_c], h [B, H], out [B, n_out]. Sources: residual blocks
 A gate is multiplied in the pass that adds the block's input, without a concatenation. The products with a context
 of one row have one row, and W x + (V c + b) is one product. Without gradients every elementwise step writes where
 its input was, and nothing is concatenated. On a CPU a long batch is computed in parts that fit the cache, unless
-its rows depend on each other (batch statistics) or on the order in which they are computed (dropout).
+its rows depend on each other (batch statistics) or on the order in which they are computed (dropout). On a GPU a
+network without gradients is one launch, where it fits (``residual_stack.py``).
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def test_every_op_case_mode_and_direction_is_looked_at() -> None:
     ):
         assert any(all(f" {word} " in f" {name} " for word in words) for name in names), words
     ops = [name for name in smoke.NAMES if name.startswith("op:")]
-    assert len(ops) == 15
+    assert len(ops) == 16
     assert "models" in smoke.NAMES
 
 
