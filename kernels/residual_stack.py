@@ -1,23 +1,24 @@
 """A whole residual network on a tile of rows, in one launch and without gradients.
 
-    h = x W^T + term                                           term [B or 1, H]: the first bias, and a context's part
-    r = act(N_2(act(N_1(h)) W_1^T + b_1)) W_2^T + b_2          N(u) = (u - m) (v + eps)^-1/2 w + s, or u
-    h <- h + r,  or  h + r sigmoid(gate)                       gate [B or 1, H]; once per block
+    h = x W^T + term                                      term [B or 1, H]: the first bias, and a context's part
+    r = act(N_2(act(N_1(h)) W_1^T + b_1)) W_2^T + b_2     N(u) = (u - m) (v + eps)^-1/2 w + s, or u
+    h <- h + r,  or  h + r sigmoid(gate)                  gate [B or 1, H]; once per block
     out = h W_n^T + b_n
 
-Shapes: x [B, n_in] with any strides, H = ``width`` <= HIDDEN, a power of two; out [B, n_out] with strides (n_out, 1)
-or (1, B). ``terms`` [B or 1, H (1 + gates)] holds the term and the gates of all blocks beside each other. ``packed``
-holds one after another, row by row: [W | V] [H, n_given], of which the first n_in columns are W; for each block W_1
-[H, H], b_1, W_2, b_2, and with norms w, s, m, v of N_1 and of N_2; W_n [n_out, H], b_n. It is read as it is: what
-lies past H is masked, and the products split their operands as they load them (kernels/row_products.py).
+Shapes: x [B, n_in] with any strides, H = ``width`` <= HIDDEN, a power of two; out [B, n_out] with strides
+(n_out, 1) or (1, B). ``terms`` [B or 1, H (1 + gates)] holds the term and all blocks' gates beside each other.
+``packed`` holds one after another, row by row: [W | V] [H, n_given], of which the first n_in columns are W; for
+each block W_1 [H, H], b_1, W_2, b_2, and with norms w, s, m, v of N_1 and of N_2; W_n [n_out, H], b_n. It is read
+as it is: what lies past H is masked, and the products split their operands as they load them
+(kernels/row_products.py).
 
 A program holds ROWS rows of h in registers from the first layer to the last. A block takes CHUNK columns of its
 hidden layer at a time, which the second product sums at once, so that no other [ROWS, H] values are kept; its
 first operand is split once. Sizes are run-time numbers: one compilation serves any number of blocks and of outputs.
 
-Operations per row: 2 (n_in H + 2 H^2 blocks + H n_out), 3 times as many products in two parts and 6 times in three.
-Bytes of device memory: x, out and terms, once. Bytes of L2: the weights once per program, 4 (H n_in + 2 H^2 blocks +
-H n_out) in fp32: for H = 128 and 2 blocks 262 KB and those of the first and last layer.
+Operations per row: 2 (n_in H + 2 H^2 blocks + H n_out), 3 times as many products in two parts and 6 times in
+three. Bytes of device memory: x, out and terms, once. Bytes of L2: the weights once per program, in fp32
+4 (H n_in + 2 H^2 blocks + H n_out): for H = 128 and 2 blocks 262 KB and those of the first and last layer.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from .row_products import FP16, FP32, Mode
 from .stack_configs import MULTIPROCESSORS, target_of
 
 # CHUNK columns of a hidden layer or of the output per step, DEPTH features of x per step. Loads are not pipelined:
-# copies ahead of 50 columns, one number each, spill. A warp's 16 rows of 128 columns in three parts fill 96 registers
-# of each thread: 32 rows spill. FEW is also for small batches, so that more multiprocessors work.
+# copies ahead of 50 columns, one number each, spill. A warp's 16 rows of 128 columns in three parts fill 96
+# registers of each thread: 32 rows spill. FEW is also for small batches, so that more multiprocessors work.
 FEW = {"ROWS": 16, "CHUNK": 32, "DEPTH": 16, "num_warps": 4}
 IN_PARTS = {"ROWS": 32, "CHUNK": 32, "DEPTH": 16, "num_warps": 8}  # two parts, or three of up to 64 columns
 IN_ONE_PART = {"ROWS": 64, "CHUNK": 32, "DEPTH": 16, "num_warps": 8}
@@ -77,8 +78,8 @@ def _read(u, norm_ptr, c, width, eps, NORMS: tl.constexpr, ACTIVATION: tl.conste
 
 @triton.jit(do_not_specialize=["n_batch", "n_blocks"])
 def _residual_stack_kernel(
-    x_ptr, packed_ptr, terms_ptr, out_ptr, n_batch, n_blocks, n_in, n_given, width, n_out, eps, stride_xb, stride_xk,
-    stride_tb, NORMS: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
+    x_ptr, packed_ptr, terms_ptr, out_ptr, n_batch, n_blocks, n_in, n_given, width, n_out, eps, stride_xb,
+    stride_xk, stride_tb, NORMS: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
     FORM: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, INT64: tl.constexpr, HIDDEN: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +100,7 @@ def _residual_stack_kernel(
         x0, x1, x2 = _parts(x, PARTS, TYPE)
         h = _add_product(x0, x1, x2, _weight(packed_ptr, n, width, k, n_in, n_given), h, PARTS, TYPE)
     packed_ptr += width * n_given
-    for block in tl.range(0, n_blocks, num_stages=1):
+    for _ in tl.range(0, n_blocks, num_stages=1):
         second_ptr = packed_ptr + width * (width + 1)
         norm_ptr = second_ptr + width * (width + 1)
         a0, a1, a2 = _parts(_read(h, norm_ptr, n, width, eps, NORMS, ACTIVATION, FORM), PARTS, TYPE)
@@ -109,9 +110,7 @@ def _residual_stack_kernel(
             u = tl.zeros((ROWS, CHUNK), tl.float32)
             u = _add_product(a0, a1, a2, _weight(packed_ptr, m, width, n, width, width), u, PARTS, TYPE)
             u += load_columns(packed_ptr + width * width, m[None, :], (m < width)[None, :], 0.0)
-            u0, u1, u2 = _parts(
-                _read(u, norm_ptr + 4 * width, m, width, eps, NORMS, ACTIVATION, FORM), PARTS, TYPE
-            )
+            u0, u1, u2 = _parts(_read(u, norm_ptr + 4 * width, m, width, eps, NORMS, ACTIVATION, FORM), PARTS, TYPE)
             total = _add_product(u0, u1, u2, _weight(second_ptr, n, width, m, width, width), total, PARTS, TYPE)
         total += load_columns(second_ptr + width * width, n[None, :], (n < width)[None, :], 0.0)
         if GATES:

@@ -63,7 +63,7 @@ def _tensors(net: ResidualNetwork) -> Iterator[Tensor | None]:
 
 
 def pack_stack(net: ResidualNetwork) -> Tensor:
-    """The weights of a network that ``is_one_launch``, [N], in one launch for 31 blocks without norms, or 10 with."""
+    """The weights of a network that ``is_one_launch``, [N]; one launch for up to 31 blocks, or 10 with norms."""
     *tensors, _ = _tensors(net)
     return cat([t.reshape(-1) for t in tensors if t is not None])
 
@@ -129,8 +129,8 @@ def _fake(x: Tensor, packed: Tensor, terms: Tensor, n_out: int, *rest: object) -
 
 _residual_stack = RawOp(
     "residual_stack",
-    "(Tensor x, Tensor packed, Tensor terms, int n_out, int n_blocks, int n_given, bool norms, bool gates, float eps, "
-    "int activation, bool transposed, str precision, ScalarType part_dtype) -> Tensor",
+    "(Tensor x, Tensor packed, Tensor terms, int n_out, int n_blocks, int n_given, bool norms, bool gates, "
+    "float eps, int activation, bool transposed, str precision, ScalarType part_dtype) -> Tensor",
     _fake,
     residual_stack_reference,
     "residual_stack:launch_residual_stack",

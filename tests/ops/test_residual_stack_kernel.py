@@ -163,6 +163,6 @@ def test_opcheck() -> None:
     of_block = 2 * (36 + 6) + 8 * 6
     packed, terms = torch.rand(6 * 5 + 2 * of_block + 5 * 7, device=DEVICE), torch.randn(4, 18, device=DEVICE)
     given = (x, packed, terms, 5, 2, 5, True, True, 1e-3, 4, True, "exact", torch.float32)
-    bare = (x, torch.randn(18 + 84 + 35, device=DEVICE), terms[:1, :6], 5, 1, 3, False, False, 0.0, 0, False, "fast",
-            torch.float16)  # fmt: skip
+    few = torch.randn(18 + 84 + 35, device=DEVICE), terms[:1, :6]
+    bare = (x, *few, 5, 1, 3, False, False, 0.0, 0, False, "fast", torch.float16)
     assert_registered(torch.ops.linfast.residual_stack.default, given, bare)
