@@ -79,9 +79,9 @@ def _read(u, norm_ptr, c, width, eps, NORMS: tl.constexpr, ACTIVATION: tl.conste
 @triton.jit(do_not_specialize=["n_batch", "n_blocks"])
 def _residual_stack_kernel(
     x_ptr, packed_ptr, terms_ptr, out_ptr, n_batch, n_blocks, n_in, n_given, width, n_out, eps, stride_xb,
-    stride_xk, stride_tb, NORMS: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr,
-    FORM: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, INT64: tl.constexpr, HIDDEN: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, DEPTH: tl.constexpr,
+    stride_xk, stride_tb, NORMS: tl.constexpr, GATES: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ACTIVATION: tl.constexpr, FORM: tl.constexpr, PARTS: tl.constexpr, TYPE: tl.constexpr, INT64: tl.constexpr,
+    HIDDEN: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0).to(tl.int64) * ROWS
     r = tl.arange(0, ROWS)[:, None]
@@ -148,9 +148,10 @@ def launch_residual_stack(
     hidden = max(power_of_two(width), 16)
     tile = tile_for(x, hidden, mode.parts)
     few = slice(tile["ROWS"])
+    one_row = terms.shape[0] == 1 and (batch > 1 or not gates)  # a single sample shares the kernel of many
     _residual_stack_kernel[(ceil_div(batch, tile["ROWS"]),)](
         x, packed, terms, out, batch, n_blocks, n_in, n_given, width, n_out, eps, *x.stride(),
-        terms.stride(0) if terms.shape[0] > 1 else 0, NORMS=norms, GATES=gates, TRANSPOSED=transposed,
+        0 if one_row else terms.stride(0), NORMS=norms, GATES=gates, TRANSPOSED=transposed,
         ACTIVATION=activation, FORM=activation_form(x, precision), INT64=needs_int64(x[few], out[few], terms[few]),
         HIDDEN=hidden, **mode.constexprs, **tile,
     )  # fmt: skip

@@ -19,8 +19,8 @@ from linfast.bench.cases.programs import _nessai, _sbi
 from torch import Tensor
 
 import linfast as lf
-from tests.laws.zoo import relative
 from tests.launch_counts import Launches
+from tests.laws.zoo import relative
 from tests.ops.budget import COMPILED
 
 from .test_launches_spline import _masks_on_a_device as masks_on_a_device

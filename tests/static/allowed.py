@@ -70,6 +70,7 @@ _FEW_WORDS = {
         ],
         ("sm_80", "_masked_autoregressive_kernel", "D=16 H=128 high inverse", 10),
         ("sm_90", "_rq_spline_backward_kernel", "K=10 circular fp32", 10),
+        ("sm_100", "_residual_stack_kernel", "H=128 tf32 fp32", 55),
     ],
 }
 # Scalar registers, which go to lanes of a vector register and not to memory; in "exact, few rows" also 8 others.
