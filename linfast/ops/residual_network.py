@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from ..dispatch import are_plain, autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..rows import one_row, rows_at_once
 from .activations import IN_PLACE
-from .glu_skip import glu_skip
 from .masked_plain import MASKED_ACTIVATIONS
 from .norm_activate import norm_activate
 
@@ -182,25 +181,28 @@ def _network(
     norms = _norms(net)
     plain = are_plain(norms, (nn.BatchNorm1d,)) and not has_global_hook()  # a hook may keep what a norm is given
     writes = plain and _may_write(x)
-    weight, bias = net.first
+    (weight, bias), term = net.first, None
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
-        own, term, gates = terms.weight, terms.first, iter(terms.gates)
-        h = F.linear(x, own, term[0]) if term.shape[0] == 1 else torch.addmm(term, x, own.t())
-    elif context is None:
-        h = F.linear(x, weight, bias)
-    else:
-        gates = (F.linear(context, *block.gate) for block in net.blocks if block.gate is not None)
-        n = x.shape[1]
-        if writes:
-            h = F.linear(x, weight[:, :n], bias).addmm_(context, weight[:, n:].t())
-        else:  # the gradient of one weight is one product
-            h = F.linear(cat((x, context), dim=1), weight, bias)
+        weight, term, gates = terms.weight, terms.first, iter(terms.gates)
+        bias, term = (term.flatten(), None) if term.shape[0] == 1 else (None, term)
     name = _NAMES.get(net.activation)
     # A batch of no rows is torch's, which counts it and leaves the statistics alone.
-    if name is not None and x.shape[0] and plain and uses_triton(h, weight) and all(map(_is_known, norms)):
-        h = _fused_blocks(h, net, gates, name)
+    fits = x.shape[0] and net.blocks and plain and uses_triton(x, weight) and all(map(_is_known, norms))
+    if name is not None and fits:
+        h = _fused_blocks(F.linear(x, weight), bias, term, net, gates, name)
     else:
+        if term is not None:
+            h = torch.addmm(term, x, weight.t())
+        elif context is None:
+            h = F.linear(x, weight, bias)
+        else:
+            gates = (F.linear(context, *block.gate) for block in net.blocks if block.gate is not None)
+            n = x.shape[1]
+            if writes:
+                h = F.linear(x, weight[:, :n], bias).addmm_(context, weight[:, n:].t())
+            else:  # the gradient of one weight is one product
+                h = F.linear(cat((x, context), dim=1), weight, bias)
         h = _plain_blocks(h, net, gates, writes, plain)
     weight, bias = net.last
     if not transposed:
@@ -235,37 +237,37 @@ def _plain_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], writ
     return h
 
 
-def _fused_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], activation: str) -> Tensor:
-    """The blocks in five launches each: norm and activation, product, twice; then gate and skip."""
+def _fused_blocks(
+    r: Tensor, bias: Tensor | None, h: Tensor | None, net: ResidualNetwork, gates: Iterator[Tensor], activation: str
+) -> Tensor:
+    """The blocks on h_0 = r + bias + h: two products in each, and one launch before, between and after products."""
     counted: list[tuple[nn.BatchNorm1d, Tensor, Tensor]] = []
 
-    def activated(x: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | None) -> Tensor:
+    def activated(x: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | None, **given: Any) -> tuple[Any, Any]:
         if norm is None:
-            return norm_activate(x, activation, bias)[0]
+            return norm_activate(x, activation, bias, **given)[:2]
         of_batch = uses_batch(norm)
-        given = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-        y, mean, var = norm_activate(
-            x, activation, bias, norm.weight, norm.bias, *given, of_batch=of_batch, eps=norm.eps
+        statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
+        u, y, mean, var = norm_activate(
+            x, activation, bias, norm.weight, norm.bias, *statistics, of_batch=of_batch, eps=norm.eps, **given
         )
         if norm.training and norm.running_mean is not None and mean is not None and var is not None:
             counted.append((norm, mean, var))
-        return y
+        return u, y
 
+    h, gate = h if h is None else h.to(r.dtype), None
     for block in net.blocks:
         (first, first_bias), (second, second_bias) = block.layers
         norms = block.norms or (None, None)
-        r = F.linear(activated(h, None, norms[0]), first)
-        r = activated(r, first_bias, norms[1])
+        h, r = activated(r, bias, norms[0], skip=h, gate=gate, with_sum=True)
+        r = activated(F.linear(r, first), first_bias, norms[1])[1]
         if net.dropout:
             r = F.dropout(r, net.dropout, True)
-        gate = next(gates, None)
-        if gate is None:
-            h = h + F.linear(r, second, second_bias)
-        else:
-            h = glu_skip(h, F.linear(r, second), gate, second_bias)
+        r, bias, gate = F.linear(r, second), second_bias, next(gates, None)
     if counted:
         _count(counted)
-    return h
+    u: Any = norm_activate(r, None, bias, skip=h, gate=gate)[0]
+    return u
 
 
 def _count(found: Sequence[tuple[nn.BatchNorm1d, Tensor, Tensor]]) -> None:
