@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..freeze import derived
-from ..ops.residual_network import Terms, all_context_terms
+from ..ops.residual_network import Terms, all_context_terms, counted_at_once
 from ..rows import by_rows, one_row, rows_at_once
 from .adapter import Options, Plan, Unfit, adapter_for
 from .fused import Flat, Maps, Together, like_of, recognise
@@ -141,7 +141,8 @@ class SplineChain(Together):
         work = functools.partial(self._steps_on, maps, terms, inverse)
         rows = rows_at_once(x, lambda: self._widths if self._arguments[2].rows_apart(self._own) else [None])
         if rows is None or (terms[0] is not None and given.shape[0] > 1):
-            y, total = work(x, context.get("context"))
+            with counted_at_once():
+                y, total = work(x, context.get("context"))
         else:
             y, total = by_rows(work, x, rows, context.get("context"))
         return y, total if log_det is None else total + log_det

@@ -16,6 +16,9 @@ its rows depend on each other (batch statistics) or on the order in which they a
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -241,7 +244,7 @@ def _fused_blocks(
     r: Tensor, bias: Tensor | None, h: Tensor | None, net: ResidualNetwork, gates: Iterator[Tensor], activation: str
 ) -> Tensor:
     """The blocks on h_0 = r + bias + h: two products in each, and one launch before, between and after products."""
-    counted: list[tuple[nn.BatchNorm1d, Tensor, Tensor]] = []
+    counted: list[_Counted] = [] if _thread.counted is None else _thread.counted
 
     def activated(x: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | None, **given: Any) -> tuple[Any, Any]:
         if norm is None:
@@ -264,17 +267,47 @@ def _fused_blocks(
         if net.dropout:
             r = F.dropout(r, net.dropout, True)
         r, bias, gate = F.linear(r, second), second_bias, next(gates, None)
-    if counted:
+    if _thread.counted is None:
         _count(counted)
     u: Any = norm_activate(r, None, bias, skip=h, gate=gate)[0]
     return u
 
 
-def _count(found: Sequence[tuple[nn.BatchNorm1d, Tensor, Tensor]]) -> None:
-    """Update the statistics of these norms, as they do by themselves, all at once for each momentum."""
+_Counted = tuple[nn.BatchNorm1d, Tensor, Tensor]  # with the mean and variance of the batch
+
+
+class _Thread(threading.local):
+    """What a ``counted_at_once`` block of this thread has to count at its end; None outside."""
+
+    counted: list[_Counted] | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def counted_at_once() -> Iterator[None]:
+    """In the block the norms whose statistics a kernel takes are updated at its end, all networks' at once."""
+    before, _thread.counted = _thread.counted, []
+    try:
+        yield
+    finally:
+        found, _thread.counted = _thread.counted, before
+        _count(found)
+
+
+def _count(found: Sequence[_Counted]) -> None:
+    """Update the statistics of these norms, as they do by themselves, all at once for each momentum.
+
+    A norm that ran several times is updated as often.
+    """
+    groups: dict[tuple[float | None, int], list[_Counted]] = {}
+    times = Counter[nn.BatchNorm1d]()
+    for norm, mean, var in found:
+        groups.setdefault((norm.momentum, times[norm]), []).append((norm, mean, var))
+        times[norm] += 1
     with torch.no_grad():
-        for momentum in {norm.momentum for norm, *_ in found}:
-            mine = [each for each in found if each[0].momentum == momentum]
+        for (momentum, _), mine in groups.items():
             running: list[Any] = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
             of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
             of_batch = [b.to(r.dtype) for r, b in zip(running, of_batch, strict=True)]
