@@ -291,11 +291,12 @@ def _rows_of(gate: Tensor | None, x: Tensor) -> Tensor | None:
 def launch_norm_activate(
     x: Tensor, bias: Tensor | None, skip: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     shift: Tensor | None, mean: Tensor | None, var: Tensor | None, norm: int, eps: float, activation: int,
-    with_sum: bool,
+    with_sum: bool, y: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(u and y like x, mean and unbiased variance [H] fp32 of the batch), or None."""
+    """(u and y like x, mean and unbiased variance [H] fp32 of the batch), or None; ``y``: memory for y."""
     of_batch = norm == OF_BATCH.value
-    u, y = (torch.empty_like(x) if made else None for made in (with_sum, activation >= 0))
+    u = torch.empty_like(x) if with_sum else None
+    y = torch.empty_like(x) if activation >= 0 and y is None else y
     found = [x.new_empty(x.shape[1], dtype=torch.float32) if of_batch else None for _ in range(2)]
     if x.numel() > 0:
         grid, rows, tile = _grid_of(x, of_batch)
@@ -313,17 +314,18 @@ def launch_norm_activate_backward(
     u: Tensor, x: Tensor | None, bias: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     shift: Tensor | None, mean: Tensor | None, var: Tensor | None, batch_mean: Tensor, batch_var: Tensor,
     grad_u: Tensor | None, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, norm: int,
-    eps: float, activation: int, with_sum: bool, needs: Sequence[bool],
+    eps: float, activation: int, with_sum: bool, needs: Sequence[bool], dx: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dx, dbias, dskip, dgate, dweight, dshift, None, None); None where not needed.
 
-    x is None where it is not saved. No caller differentiates the statistics.
+    x is None where it is not saved; ``dx``: memory for dx. No caller differentiates the statistics.
     """
     of_batch = norm == OF_BATCH.value
     stored: Any = u if with_sum else x
     statistics = (batch_mean, batch_var) if of_batch else (mean, var)
     made = stored.new_zeros if stored.numel() == 0 else stored.new_empty
-    dx, dskip = (torch.empty_like(stored) if needs[i] else None for i in (0, 2))
+    dx = torch.empty_like(stored) if needs[0] and dx is None else dx
+    dskip = torch.empty_like(stored) if needs[2] else None
     sums = [made(stored.shape[1], dtype=torch.float32) if needs[i] else None for i in (1, 4, 5)]
     one, dgate = gate is not None and gate.shape[0] == 1, None
     if needs[3] and gate is not None:

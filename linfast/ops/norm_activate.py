@@ -26,7 +26,7 @@ NORMS = ("none", "given", "of the batch")
 """What normalises; an index is the kernel's number."""
 
 _FUNCTIONS = tuple(MASKED_ACTIVATIONS.values())
-_NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)} | {None: -1}
+NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)} | {None: -1}
 _Outputs = tuple[Tensor | None, ...]
 
 
@@ -80,7 +80,7 @@ def norm_activate(
     fixed = not any(t is not None and t.requires_grad for t in (mean, var))
     runs = uses_triton(*(t for t in given if t is not None)) and fixed
     run: Any = _norm_activate if runs else norm_activate_reference
-    found = run(*given, norm, eps, _NUMBERS[activation], with_sum)
+    found = run(*given, norm, eps, NUMBERS[activation], with_sum)
     made = with_sum, activation is not None, of_batch, of_batch
     u, y, *statistics = (t if is_made else None for t, is_made in zip(found, made, strict=True))
     return u, y, *(t if t is None else t.detach() for t in statistics)

@@ -12,10 +12,11 @@ torch.compile, which passes zeros for every output without a gradient.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,16 @@ class RawOp:
 def _launcher(path: str) -> _Function:
     module, _, function = path.partition(":")
     return getattr(importlib.import_module(f"linfast.kernels.{module}"), function)
+
+
+@contextlib.contextmanager
+def launching(name: str, x: Tensor) -> Iterator[_Function]:
+    """The launcher of this raw op; in the block x's GPU is the current one."""
+    refuse_kernel(name)
+    path = RAW_OPS[name].launch
+    assert path is not None
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(), range_(name):
+        yield _launcher(path)
 
 
 def _complete(outputs: Any, like: Tensor) -> Any:

@@ -30,7 +30,7 @@ from ..dispatch import are_plain, autocast_dtype, cat, has_global_hook, is_trans
 from ..rows import one_row, rows_at_once
 from .activations import IN_PLACE
 from .masked_plain import MASKED_ACTIVATIONS
-from .norm_activate import norm_activate
+from .residual_blocks import Step, run_blocks
 
 Layer = tuple[Tensor, Tensor | None]
 """The weight [out, in] and the bias [out] or None of a linear layer."""
@@ -187,7 +187,7 @@ def _network(
     (weight, bias), term = net.first, None
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
-        weight, term, gates = terms.weight, terms.first, iter(terms.gates)
+        context, weight, term, gates = None, terms.weight, terms.first, iter(terms.gates)
         bias, term = (term.flatten(), None) if term.shape[0] == 1 else (None, term)
     name = _NAMES.get(net.activation)
     # A batch of no rows is torch's, which counts it and leaves the statistics alone.
@@ -243,34 +243,33 @@ def _plain_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], writ
 def _fused_blocks(
     r: Tensor, bias: Tensor | None, h: Tensor | None, net: ResidualNetwork, gates: Iterator[Tensor], activation: str
 ) -> Tensor:
-    """The blocks on h_0 = r + bias + h: two products in each, and one launch before, between and after products."""
-    counted: list[_Counted] = [] if _thread.counted is None else _thread.counted
-
-    def activated(x: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | None, **given: Any) -> tuple[Any, Any]:
-        if norm is None:
-            return norm_activate(x, activation, bias, **given)[:2]
-        of_batch = uses_batch(norm)
-        statistics = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-        u, y, mean, var = norm_activate(
-            x, activation, bias, norm.weight, norm.bias, *statistics, of_batch=of_batch, eps=norm.eps, **given
-        )
-        if norm.training and norm.running_mean is not None and mean is not None and var is not None:
-            counted.append((norm, mean, var))
-        return u, y
-
-    h, gate = h if h is None else h.to(r.dtype), None
+    """The blocks on h_0 = r + bias + h, with kernels between the products."""
+    steps, weights, norms, gate = list[Step](), list[Tensor](), list[nn.BatchNorm1d | None](), None
     for block in net.blocks:
         (first, first_bias), (second, second_bias) = block.layers
-        norms = block.norms or (None, None)
-        h, r = activated(r, bias, norms[0], skip=h, gate=gate, with_sum=True)
-        r = activated(F.linear(r, first), first_bias, norms[1])[1]
-        if net.dropout:
-            r = F.dropout(r, net.dropout, True)
-        r, bias, gate = F.linear(r, second), second_bias, next(gates, None)
+        norms += block.norms or (None, None)
+        steps += [_step(bias, gate, norms[-2]), _step(first_bias, None, norms[-1])]
+        weights += [first, second]
+        bias, gate = second_bias, next(gates, None)
+    steps.append(Step(bias, gate))
+    u, statistics = run_blocks(r, None if h is None else h.to(r.dtype), steps, weights, activation, net.dropout)
+    counted = [
+        (norm, *found)
+        for norm, found in zip(norms, statistics, strict=True)
+        if norm is not None and norm.training and norm.running_mean is not None
+    ]
     if _thread.counted is None:
         _count(counted)
-    u: Any = norm_activate(r, None, bias, skip=h, gate=gate)[0]
+    else:
+        _thread.counted += counted
     return u
+
+
+def _step(bias: Tensor | None, gate: Tensor | None, norm: nn.BatchNorm1d | None) -> Step:
+    if norm is None:
+        return Step(bias, gate)
+    statistics = (None, None) if uses_batch(norm) else (norm.running_mean, norm.running_var)
+    return Step(bias, gate, norm.weight, norm.bias, *statistics, uses_batch(norm), norm.eps)
 
 
 _Counted = tuple[nn.BatchNorm1d, Tensor, Tensor]  # with the mean and variance of the batch
