@@ -89,15 +89,16 @@ def norm_activate(
 def norm_activate_reference(
     x: Tensor, bias: Tensor | None, skip: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     shift: Tensor | None, mean: Tensor | None, var: Tensor | None, norm: int, eps: float, activation: int,
-    with_sum: bool,
+    with_sum: bool, memory: Tensor | None = None,
 ) -> _Outputs:  # fmt: skip
-    """``norm_activate`` in plain torch."""
+    """``norm_activate`` in plain torch; ``memory``: where y is to be, if it matters."""
     compute = _wide(x, bias, skip, gate, weight, shift, mean, var)
     u = _sum(compute, x, bias, skip, gate)
     rounded = u.to(x.dtype, copy=u is x) if with_sum else None
     u = u if rounded is None else rounded.to(compute)
     y, *statistics = _normalised(compute, mean, var, norm, eps, activation, u, weight, shift)
-    return rounded, None if y is None else y.to(x.dtype), *statistics
+    y = y if y is None else y.to(x.dtype) if memory is None else memory.copy_(y)
+    return rounded, y, *statistics
 
 
 def _wide(*tensors: Tensor | None) -> torch.dtype:
@@ -134,21 +135,23 @@ def _backward(
     u: Tensor, x: Tensor | None, bias: Tensor | None, gate: Tensor | None, weight: Tensor | None,
     shift: Tensor | None, mean: Tensor | None, var: Tensor | None, batch_mean: Tensor, batch_var: Tensor,
     grad_u: Tensor | None, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, norm: int,
-    eps: float, activation: int, with_sum: bool, needs: Sequence[bool],
+    eps: float, activation: int, with_sum: bool, needs: Sequence[bool], memory: Tensor | None = None,
 ) -> _Outputs:  # fmt: skip
     """The gradients of (x, bias, skip, gate, weight, shift, mean, var); u is a sum: no gradient depends on skip."""
     compute = _wide(u if x is None else x, bias, gate, weight, shift, mean, var)
     if not with_sum and x is not None:
         u = _sum(compute, x, bias, None, None)
     tail = functools.partial(_normalised, compute, mean, var, norm, eps, activation)
-    of_u, *of_norm = _pull(lambda *given: tail(*given)[0], (u, weight, shift), grad_y)
+    of_u, *of_norm = pulled_back(lambda *given: tail(*given)[0], (u, weight, shift), grad_y)
     assert of_u is not None
     of_u = of_u.to(compute) if grad_u is None else of_u.to(compute) + grad_u
-    found = _pull(functools.partial(_sum, compute), (u if x is None else x, bias, u, gate), of_u)
+    found = pulled_back(functools.partial(_sum, compute), (u if x is None else x, bias, u, gate), of_u)
     return tuple(value if need else None for value, need in zip((*found, *of_norm, None, None), needs, strict=True))
 
 
-def _pull(function: Callable[..., Any], given: Sequence[Tensor | None], grad: Tensor | None) -> list[Tensor | None]:
+def pulled_back(
+    function: Callable[..., Any], given: Sequence[Tensor | None], grad: Tensor | None
+) -> list[Tensor | None]:
     """The gradients of the given tensors, for that of the function's value; zeros where it is None."""
     if grad is None:
         return [t if t is None else torch.zeros_like(t) for t in given]
@@ -167,7 +170,8 @@ def _gradients(u: Tensor, x: Tensor | None, bias: Tensor | None, gate: Tensor | 
     like = u if x is None else x
     of_gate = gate if gate is None else gate.new_empty(gate.shape) if gate.shape[0] == 1 else torch.empty_like(gate)
     of_bias, *of_norm = (t if t is None else t.new_empty(t.shape) for t in (bias, *rest[:2]))
-    return torch.empty_like(like), of_bias, torch.empty_like(like), of_gate, *of_norm, None, None
+    of_x = rest[-1] if isinstance(rest[-1], Tensor) else torch.empty_like(like)  # memory is the last argument
+    return of_x, of_bias, torch.empty_like(like), of_gate, *of_norm, None, None
 
 
 def _plain_backward(*arguments: Any) -> _Outputs:

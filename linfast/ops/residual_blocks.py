@@ -20,8 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, is_transformed, uses_triton, without_autocast
-from .norm_activate import NORMS, NUMBERS, norm_activate
+from .norm_activate import NORMS, NUMBERS, norm_activate, pulled_back
 from .register import launching
+
+
+_TENSORS = 6  # the first fields of a step
 
 
 class Step(NamedTuple):
@@ -36,13 +39,14 @@ class Step(NamedTuple):
     of_batch: bool = False
     eps: float = 0.0
 
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        return self[:_TENSORS]
+
     def options(self, k: int, activation: str | None) -> tuple[int, float, int, bool]:
         """The constants of the raw op for step k."""
         norm = NORMS.index("of the batch") if self.of_batch else int(self.mean is not None)
         return norm, self.eps, NUMBERS[activation], k % 2 == 0
-
-
-_TENSORS = 6  # of a step; the rest are constants
 
 
 def run_blocks(
@@ -59,7 +63,7 @@ def run_blocks(
     """
     if dropout or not _can_join(r, h, steps, weights):
         return _one_by_one(r, h, steps, weights, activation, dropout)
-    given = (*weights, *(t for step in steps for t in step[:_TENSORS]))
+    given = (*weights, *(t for step in steps for t in step.tensors))
     constants = [(step.of_batch, step.eps) for step in steps]
     u, _, *statistics = _Blocks.apply(activation, constants, r, h, *given)
     return u, [*zip(statistics[::2], statistics[1::2], strict=True)]
@@ -70,31 +74,36 @@ def _can_join(r: Tensor, h: Tensor | None, steps: Sequence[Step], weights: Seque
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or not torch.is_grad_enabled():
         return False
     rows, width = r.shape
-    if rows < 2 or not r.is_contiguous() or autocast_dtype(r.device.type) is not None or (h is not None and h.shape != r.shape):
+    if rows < 2 or not r.is_contiguous() or autocast_dtype(r.device.type) is not None:
+        return False
+    if not all(weight.requires_grad and weight.dtype == r.dtype for weight in weights):
+        return False
+    if h is not None and (h.shape != r.shape or h.dtype != r.dtype):
         return False
     tensors = [r, *weights, *([] if h is None else [h])]
-    if any(t.dtype != r.dtype for t in tensors):
-        return False
-    for bias, gate, *parameters in steps:
+    for step in steps:
+        bias, gate, *parameters = step.tensors
         if gate is not None and gate.shape not in ((rows, width), (1, width)):
             return False
-        rest = [t for t in (bias, *parameters[: _TENSORS - 2]) if t is not None]
-        if any(t.shape != (width,) for t in rest):
+        if any(t is not None and t.shape != (width,) for t in (bias, *parameters)):
             return False
-        tensors += rest if gate is None else [gate, *rest]
-    plain = all(type(t) in (Tensor, nn.Parameter) and t.device == r.device for t in tensors)
-    return plain and uses_triton(*tensors) and any(t.requires_grad for t in tensors)
+        tensors += [t for t in step.tensors if t is not None]
+    return uses_triton(*tensors) and all(
+        type(t) in (Tensor, nn.Parameter) and t.device == r.device for t in tensors
+    )
 
 
 def _one_by_one(
     r: Tensor, h: Tensor | None, steps: Sequence[Step], weights: Sequence[Tensor], activation: str, dropout: float
 ) -> tuple[Tensor, list[Any]]:
     u: Any
+    y: Any
     statistics = []
-    for k, weight in enumerate(weights):
-        bias, gate, *parameters, of_batch, eps = steps[k]
+    for k, (step, weight) in enumerate(zip(steps, weights, strict=False)):
+        bias, gate, *parameters = step.tensors
+        norm: dict[str, Any] = {"of_batch": step.of_batch, "eps": step.eps}
         between: dict[str, Any] = {} if k % 2 else {"skip": h, "gate": gate, "with_sum": True}
-        u, y, *found = norm_activate(r, activation, bias, *parameters, of_batch=of_batch, eps=eps, **between)
+        u, y, *found = norm_activate(r, activation, bias, *parameters, **norm, **between)
         statistics.append(found)
         if k % 2 == 0:
             h = u
@@ -120,7 +129,7 @@ class _Blocks(torch.autograd.Function):
         ys, sums, inputs, statistics = r.new_empty(n, *r.shape), list[Any](), list[Any](), list[Any]()
         with launching("norm_activate", r) as launch:
             for k, step in enumerate(steps):
-                (bias, gate, *parameters), y = step[:_TENSORS], ys[k] if k < n else None
+                (bias, gate, *parameters), y = step.tensors, ys[k] if k < n else None
                 skip, options = (None if k % 2 else h), step.options(k, None if y is None else activation)
                 u, _, *found = launch(r, bias, skip, gate, *parameters, *options, y)
                 sums.append(u)
@@ -142,13 +151,13 @@ class _Blocks(torch.autograd.Function):
         sums, inputs, statistics = saved[:n], saved[n : 2 * n], saved[2 * n : 4 * n]
         weights, steps = saved[4 * n : 5 * n - 1], _steps(saved[5 * n - 1 :], ctx.constants)
         grad = torch.zeros_like(sums[0]) if grad is None else grad
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():
             found = _differentiable(grad, grad_first, sums[0], steps, weights, ctx.activation)
         else:
             kept = ys, sums, inputs, statistics, weights, steps
-            needs = ctx.needs_input_grad[2:]
             found = without_autocast(ys.device.type, _pulled, grad, grad_first, *kept, ctx.activation, needs)
-        return None, None, *found
+        return None, None, *(t if need else None for t, need in zip(found, needs, strict=True))
 
 
 def _steps(tensors: Sequence[Any], constants: Sequence[tuple[bool, float]]) -> list[Step]:
@@ -161,27 +170,27 @@ def _pulled(
     needs: Sequence[bool],
 ) -> list[Any]:  # fmt: skip
     """The gradients of r, h, the weights and the steps' tensors, by kernels."""
-    n, drs, dy = len(weights), torch.empty_like(ys), None
-    of_steps: list[Any] = []
+    n, of_steps, of_u, dy = len(weights), list[Any](), grad, None
+    drs = torch.empty_like(ys) if any(needs[2 : 2 + n]) else None
     with launching("norm_activate_backward", ys) as launch:
         for k in range(n, -1, -1):
             own = needs[2 + n + _TENSORS * k : 2 + n + _TENSORS * (k + 1)]
             wanted = [k > 0 or needs[0], own[0], k % 2 == 0 and (k > 0 or needs[1]), *own[1:]]
-            bias, gate, *parameters = steps[k][:_TENSORS]
+            bias, gate, *parameters = steps[k].tensors
             if k == 0 and grad_first is not None:
-                grad = grad + grad_first
-            dr, dbias, dskip, *rest = launch(
-                sums[k], inputs[k], bias, gate, *parameters, *statistics[2 * k : 2 * k + 2],
-                None if k % 2 else grad, dy, None, None, *steps[k].options(k, activation if k < n else None), wanted,
-                drs[k - 1] if k else None,
-            )  # fmt: skip
+                of_u = of_u + grad_first
+            given = sums[k], inputs[k], bias, gate, *parameters, *statistics[2 * k : 2 * k + 2]
+            options = steps[k].options(k, activation if k < n else None)
+            of_outputs, memory = (
+                (None if k % 2 else of_u, dy, None, None),
+                drs[k - 1] if k and drs is not None else None,
+            )
+            dr, dbias, dskip, *rest = launch(*given, *of_outputs, *options, wanted, memory)
             of_steps = [dbias, *rest, *of_steps]
-            grad = grad if k % 2 else dskip
+            of_u = of_u if k % 2 else dskip
             dy = torch.mm(dr, weights[k - 1]) if k else None
-    of_weights: Sequence[Tensor | None] = [None] * n
-    if any(needs[2 : 2 + n]):
-        of_weights = torch.bmm(drs.mT, ys).unbind()
-    return [dr, grad, *(t if need else None for t, need in zip(of_weights, needs[2:], strict=False)), *of_steps]
+    of_weights = [None] * n if drs is None else torch.bmm(drs.mT, ys).unbind()
+    return [dr, of_u, *of_weights, *of_steps]
 
 
 def _differentiable(
@@ -189,20 +198,14 @@ def _differentiable(
     activation: str,
 ) -> list[Any]:  # fmt: skip
     """The same, and differentiable: those of ``_one_by_one`` on the first u."""
-    tensors = [first, *weights, *(t for step in steps for t in step[:_TENSORS])]
-    given = [i for i, t in enumerate(tensors) if t is not None]
-    constants = [step[_TENSORS:] for step in steps]
+    n, constants = len(weights), [(step.of_batch, step.eps) for step in steps]
 
-    def last(*values: Tensor) -> Tensor:
-        named = dict(zip(given, values, strict=True))
-        u, *rest = (named.get(i) for i in range(len(tensors)))
-        own: Any = _steps(rest[len(weights) :], constants)
-        own[0] = own[0]._replace(bias=None)
-        return _one_by_one(u, None, own, rest[: len(weights)], activation, 0.0)[0]
+    def last(u: Any, *rest: Any) -> Tensor:
+        return _one_by_one(u, None, _steps((None, *rest[n:]), constants), rest[:n], activation, 0.0)[0]
 
-    _, pull = torch.func.vjp(last, *(tensors[i] for i in given))
-    found = dict(zip(given, pull(grad), strict=True))
-    of_first, *rest = (found.get(i) for i in range(len(tensors)))
+    bias, *rest = (t for step in steps for t in step.tensors)
+    of_first, *found = pulled_back(last, (first, *weights, *rest), grad)
+    assert of_first is not None
     of_first = of_first if grad_first is None else of_first + grad_first
-    rest[len(weights)] = None if steps[0].bias is None else of_first.sum(0)
-    return [of_first, of_first, *rest]
+    of_bias = None if bias is None else of_first.sum(0)
+    return [of_first, of_first, *found[:n], of_bias, *found[n:]]

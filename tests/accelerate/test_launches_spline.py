@@ -79,7 +79,7 @@ def test_a_training_step_of_30_couplings_takes_at_most_so_many_launches(monkeypa
         each = {name: found[name] / depth for name in found if name.startswith("_")}
         assert each["_norm_activate_kernel"] == each["_norm_activate_backward_kernel"] == 11, found
         assert each["_rq_spline_kernel"] == each["_rq_spline_backward_kernel"] == 1, found
-    # 13 products of a coupling forward and 17 backward; forward and backward of two, and LU maps, for the whole flow.
+    # 13 products of a coupling forward and 17 backward; seven for the whole flow.
     assert _of_depth(30, products) <= 30 * 30 + 7
     assert _of_depth(30, after) <= 1851
     assert _of_depth(30, before) >= 7.7 * _of_depth(30, after)
