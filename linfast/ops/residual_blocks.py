@@ -23,7 +23,6 @@ from ..dispatch import autocast_dtype, is_transformed, uses_triton, without_auto
 from .norm_activate import NORMS, NUMBERS, norm_activate, pulled_back
 from .register import launching
 
-
 _TENSORS = 6  # the first fields of a step
 
 
