@@ -161,7 +161,7 @@ def pulled_back(
         rest = iter(tensors)
         return function(*(next(rest) if is_here else None for is_here in here))
 
-    value, pull = torch.func.vjp(of_those, *(t for t in given if t is not None))
+    value, pull, *_ = torch.func.vjp(of_those, *(t for t in given if t is not None))
     found = iter(pull(grad.to(value.dtype)))
     return [next(found) if is_here else None for is_here in here]
 

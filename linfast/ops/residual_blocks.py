@@ -99,10 +99,8 @@ def _one_by_one(
     y: Any
     statistics = []
     for k, (step, weight) in enumerate(zip(steps, weights, strict=False)):
-        bias, gate, *parameters = step.tensors
-        norm: dict[str, Any] = {"of_batch": step.of_batch, "eps": step.eps}
-        between: dict[str, Any] = {} if k % 2 else {"skip": h, "gate": gate, "with_sum": True}
-        u, y, *found = norm_activate(r, activation, bias, *parameters, **norm, **between)
+        given: dict[str, Any] = step._asdict() if k % 2 else {**step._asdict(), "skip": h, "with_sum": True}
+        u, y, *found = norm_activate(r, activation, **given)
         statistics.append(found)
         if k % 2 == 0:
             h = u
@@ -160,7 +158,8 @@ class _Blocks(torch.autograd.Function):
 
 
 def _steps(tensors: Sequence[Any], constants: Sequence[tuple[bool, float]]) -> list[Step]:
-    return [Step(*tensors[_TENSORS * k : _TENSORS * (k + 1)], *each) for k, each in enumerate(constants)]
+    parts = (tensors[_TENSORS * k : _TENSORS * (k + 1)] for k in range(len(constants)))
+    return [Step._make((*part, *each)) for part, each in zip(parts, constants, strict=True)]
 
 
 def _pulled(
