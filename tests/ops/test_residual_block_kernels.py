@@ -235,6 +235,19 @@ def test_blocks_in_half_precision(dtype: torch.dtype) -> None:
     assert_within_budget(_activated("given", "silu", names), with_wide_gate)
 
 
+@pytest.mark.parametrize("norm", ["none", "of the batch"])
+def test_y_is_that_of_the_stored_sum(norm: str) -> None:
+    """In half precision the stored sum is rounded, and the next step's backward reads it."""
+    x, skip = (torch.randn(40, 6, device=DEVICE, dtype=torch.float16) for _ in range(2))
+    with lf.backend("triton"):
+        u, y = norm_activate(x, "tanh", skip=skip, of_batch=norm == "of the batch")[:2]
+        assert u is not None
+        again = norm_activate(u, "tanh", of_batch=norm == "of the batch")[1]
+    assert y is not None
+    assert again is not None
+    assert torch.equal(y, again)
+
+
 def test_x_is_not_kept_where_the_sum_is_enough() -> None:
     """Without a gate the backward reads u, and x may be freed."""
     for gate in (False, True):

@@ -118,6 +118,24 @@ def test_second_derivatives(kind: str) -> None:
     assert_within_budget(call, [*named.values()])
 
 
+def test_third_derivatives() -> None:
+    named = _drawn(term=True, blocks=1)
+
+    def call(*tensors: Tensor) -> tuple[Tensor, ...]:
+        loss = _run(dict(zip(named, (tensors[0] * 1.5, *tensors[1:]), strict=True)))[0].pow(3).sum()
+        for _ in range(2):
+            gradients = torch.autograd.grad(loss, tensors, create_graph=True)
+            loss = sum((g.square().sum() for g in gradients), torch.zeros_like(loss))
+        return torch.autograd.grad(loss, tensors)
+
+    with lf.backend("triton"):
+        found = call(*named.values())
+    with lf.backend("reference"):
+        expected = call(*(t.detach().double().requires_grad_() for t in named.values()))
+    for got, exact in zip(found, expected, strict=True):
+        assert float((got - exact).norm()) <= 1e-4 * float(exact.norm())
+
+
 def test_what_one_function_cannot_do_runs_one_by_one() -> None:
     """A transform, autocast, no gradients, frozen weights, dropout; and arguments that norm_activate refuses."""
     named = _drawn(norm="of the batch", gate=1, term=True)
