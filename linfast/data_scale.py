@@ -1,6 +1,6 @@
 """The scale of a density's data: a flow begins as the identity, so that data should be near unit scale.
 
-    z = g((x - mean) / std)    mean, std [C] of the data, per feature (channel): a fixed ActNorm in front of g
+z = g((x - mean) / std)    mean, std [C] of the data, per feature (channel): a fixed ActNorm in front of g
 """
 
 from __future__ import annotations

@@ -239,11 +239,14 @@ class LinearizerSVD:
         """v_i = g_x^{-1}(Vh[i])."""
         return decode_latents(self.g_x, self.operator.Vh.contiguous(), {})
 
+    def __len__(self) -> int:
+        return 3
+
     def __getitem__(self, index: int) -> Tensor:
         return getattr(self, ("left", "S", "right")[index])  # type: ignore[no-any-return]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return map(self.__getitem__, range(3))
+        return map(self.__getitem__, range(len(self)))
 
     def __getattr__(self, name: str) -> NoReturn:
         advice = "; see left and right, or operator for the SVD of A" if name in ("U", "V", "Vh") else ""

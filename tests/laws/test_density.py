@@ -184,7 +184,9 @@ def test_errors_inside_an_embedding_that_are_not_of_its_input_are_its_own(error:
     assert raised.value is error
 
 
-@pytest.mark.parametrize("context", [torch.randn(4, 6), torch.randn(4, 5).double(), torch.randn(4, 5, device="meta")])
+@pytest.mark.parametrize(
+    "context", [torch.randn(4, 6), torch.randn(4, 5).double(), torch.randn(4, 5, device="meta")]
+)
 def test_an_input_that_the_embedding_refuses_is_named(context: Tensor) -> None:
     p = lf.Density(lf.coupling_flow(2, 2, (8,), context_features=3), embedding=nn.Linear(5, 3))
     with pytest.raises(ValueError, match=r"context \(4, .\) is refused by the embedding"):

@@ -102,7 +102,9 @@ def test_a_layer_that_takes_an_interval_is_not_given_standardised_data() -> None
     x = torch.rand(50, 2)
     for flow in (_Logit(), lf.Flow([_Logit(), *lf.coupling_flow(2, 2, (8,))]), lf.Flow([lf.Permute(2), _Logit()])):
         p = lf.Density(flow)
-        with pytest.raises(ValueError, match=r"_Logit gives NaN .* Leave out standardize, and put lf.ActNorm after"):
+        with pytest.raises(
+            ValueError, match=r"_Logit gives NaN .* Leave out standardize, and put lf.ActNorm after"
+        ):
             p.standardize(x)
         assert p.flow is flow
         assert p(x).isfinite().all()

@@ -138,7 +138,9 @@ def test_a_loss_of_terms_names_its_total() -> None:
         kind = type(loss).__name__
         assert not hasattr(loss, "backward")
         for name in ("backward", "item"):
-            with pytest.raises(AttributeError, match=f"{kind}.*it holds the terms of a loss; use its total.{name}$"):
+            with pytest.raises(
+                AttributeError, match=f"{kind}.*it holds the terms of a loss; use its total.{name}$"
+            ):
                 getattr(loss, name)
         with pytest.raises(AttributeError, match=f"'{kind}' object has no attribute 'other'$"):
             loss.other  # noqa: B018
