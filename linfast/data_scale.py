@@ -1,6 +1,8 @@
 """The scale of a density's data: a flow begins as the identity, so that data should be near unit scale.
 
-z = g((x - mean) / std)    mean, std [C] of the data, per feature (channel): a fixed ActNorm in front of g
+    z = g((x - mean) / std)
+
+mean, std [C] are those of the data, per feature (channel): a fixed ActNorm in front of g.
 """
 
 from __future__ import annotations
@@ -55,20 +57,20 @@ def check_takes(flow: Flow, x: Tensor) -> None:
     if all(type(layer).__module__.partition(".")[0] == "linfast" for layer in flow):
         return
     values = x[:_TRIED_ROWS]
-    for i, layer in enumerate(flow):
+    for layer in flow:
         try:
             values = copy.deepcopy(layer).eval()(values)
         except Exception:  # it is not ours, and is called without what else it takes
             return
         if not bool(torch.isfinite(values).all()):
             raise ValueError(
-                f"the flow's {type(layer).__name__} gives NaN or infinite values for standardized x: it takes values "
-                f"of an interval only. Leave out standardize, and put lf.ActNorm after that layer"
+                f"the flow's {type(layer).__name__} gives NaN or infinite values for standardized x: it takes an "
+                "interval only. Leave out standardize, and put lf.ActNorm after that layer"
             )
 
 
 def insert_when_loaded(p: Any, state: dict[str, Any], prefix: str, *rest: object) -> None:
-    """A hook of ``load_state_dict``: a state from after ``standardize`` puts its layer into a density p without it."""
+    """A hook of ``load_state_dict``: a state with the layer of ``standardize`` adds it to a density p without."""
     names = [key.removeprefix(start) for key in state if key.startswith(start := f"{prefix}flow.")]
     if begins_with_actnorm(p.flow) or "bijections.0.bias" not in names:
         return

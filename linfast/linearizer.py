@@ -243,7 +243,7 @@ class LinearizerSVD:
         return 3
 
     def __getitem__(self, index: int) -> Tensor:
-        return getattr(self, ("left", "S", "right")[index])  # type: ignore[no-any-return]
+        return getattr(self, ("left", "S", "right")[index])
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))

@@ -62,11 +62,12 @@ class FlowTransform(Transform):
     @property
     def inv(self) -> Transform:
         """The transform from noise to data. torch's own loses its transform where it is copied or pickled."""
-        inverse = None if self._inv is None else self._inv()
+        kept: Any = self._inv  # a weak reference, as in torch's own
+        inverse = None if kept is None else kept()
         if inverse is None:
             inverse = _Inverted(self)
-            self._inv = weakref.ref(inverse)
-        return inverse
+            self._inv = weakref.ref(inverse)  # type: ignore[assignment]
+        return inverse  # type: ignore[no-any-return]
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         cache_size = check_count("cache_size", cache_size, least=0, most=1)

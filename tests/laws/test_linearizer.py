@@ -183,9 +183,10 @@ def test_an_svd_is_indexed_and_shown() -> None:
     tall = lf.Linearizer(lf.coupling_flow(4, 1, (4,)), lf.Dense(16, 4), lf.image_flow(1, 4, 1, 4))
     svd = tall.svd()
     assert repr(svd) == "LinearizerSVD(left=[4, 1, 4, 4], S=[4], right=[4, 4])"
-    assert all(torch.equal(a, b) for a, b in zip((svd[0], svd[1], svd[-1]), (svd.left, svd.S, svd.right)))
+    assert all(torch.equal(a, b) for a, b in zip((svd[0], svd[1], svd[-1]), svd, strict=True))
     assert (svd.left.shape, svd.right.shape) == ((4, 1, 4, 4), (4, 4))
-    assert len(svd) == len([*svd]) == 3
+    assert all(torch.equal(a, b) for a, b in zip(svd, (svd.left, svd.S, svd.right), strict=True))
+    assert len(svd) == 3
     with pytest.raises(IndexError):
         svd[3]
     for name in ("U", "Vh"):

@@ -340,7 +340,7 @@ _NAN = float("nan")
         (lambda: _deep(350), "lie too deep"),
         (lambda: _doubled(40), "shares modules"),
         (lambda: _MyDense(3), "_MyDense: register"),
-        (lambda: lf.AffineCoupling(nn.Sequential(nn.Linear(1, 2)), 2), "make it in a class of your own, registered"),
+        (lambda: lf.AffineCoupling(nn.Sequential(nn.Linear(1, 2)), 2), "in a class of your own, registered"),
         (lambda: torch.compile(lf.Dense(2)), r"save the model inside it, model\._orig_mod"),
         (lambda: nn.DataParallel(lf.Dense(2)), r"save the model inside it, model\.module"),
         (lambda: _KeepsATensor(3), "keeps 'table'"),
