@@ -67,7 +67,7 @@ class FlowTransform(Transform):
         if inverse is None:
             inverse = _Inverted(self)
             self._inv = weakref.ref(inverse)  # type: ignore[assignment]
-        return inverse  # type: ignore[no-any-return]
+        return inverse
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         cache_size = check_count("cache_size", cache_size, least=0, most=1)
