@@ -54,7 +54,8 @@ def check_takes(flow: Flow, x: Tensor) -> None:
     linfast's own layers take any values. A layer that needs a context ends the search: what reaches it comes from a
     network's output or from layers that were tried.
     """
-    if all(type(layer).__module__.partition(".")[0] == "linfast" for layer in flow):
+    bijections = [type(module).__module__ for module in flow.modules() if isinstance(module, Bijection)]
+    if all(name.partition(".")[0] == "linfast" for name in bijections):
         return
     values = x[:_TRIED_ROWS]
     for layer in flow:
