@@ -72,12 +72,16 @@ def check_takes(flow: Flow, x: Tensor) -> None:
 
 def insert_when_loaded(p: Any, state: dict[str, Any], prefix: str, *rest: object) -> None:
     """A hook of ``load_state_dict``: a state with the layer of ``standardize`` adds it to a density p without."""
-    names = [key.removeprefix(start) for key in state if key.startswith(start := f"{prefix}flow.")]
-    if begins_with_actnorm(p.flow) or "bijections.0.bias" not in names:
+    start = f"{prefix}flow."
+    names = {key.removeprefix(start) for key in state if key.startswith(start)}
+    layer = {f"bijections.0.{name}" for name in ("bias", "log_scale", "initialized")}
+    if begins_with_actnorm(p.flow) or not layer <= names:
         return
-    like = state[f"{prefix}flow.bijections.0.bias"]
-    whole = in_front(ActNorm(len(like)).to(p._like()).requires_grad_(False), p.flow)
-    if whole.state_dict().keys() == set(names):
+    features = state[f"{start}bijections.0.bias"].numel()
+    if p.flow.features not in (None, features):
+        return
+    whole = in_front(ActNorm(features).to(p._like()).requires_grad_(False), p.flow)
+    if whole.state_dict().keys() == names:
         p.flow, p._scale_is_known = whole, True
 
 

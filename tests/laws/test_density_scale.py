@@ -139,7 +139,8 @@ def test_a_state_brings_the_layer_of_standardize(given: lf.Bijection, assign: bo
 def test_another_state_changes_no_layers() -> None:
     p = lf.Density(lf.coupling_flow(2, 2, (8,)))
     deeper = lf.Density(lf.coupling_flow(2, 3, (8,))).standardize(torch.randn(9, 2))
-    for other in (deeper, lf.Density(lf.coupling_flow(2, 2, (8,), actnorm=True))):
+    wider = lf.Density(lf.coupling_flow(4, 2, (8,))).standardize(torch.randn(9, 4))
+    for other in (deeper, wider, lf.Density(lf.coupling_flow(2, 2, (8,), actnorm=True))):
         flow = p.flow
         with pytest.raises(RuntimeError, match="Error"):
             p.load_state_dict(other.state_dict())
