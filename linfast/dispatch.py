@@ -66,7 +66,12 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or a forward-mode derivative, is being computed."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether a forward-mode derivative is being computed, as by torch.func.jvp and jacfwd."""
+    return torch.autograd.forward_ad._current_level >= 0
 
 
 def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable | None:
