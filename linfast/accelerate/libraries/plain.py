@@ -26,13 +26,13 @@ from ..coupling import couple, coupling_adapter
 from ..formula import Formula, Parameter, ShapedStub, at, settings_of
 from ..fused import Fused, Maps
 from ..identity import PLAN, original_class
+from ..networks import LAYOUTS, Description
 from ..own_state import OwnState
 from ..swap import is_unchanged
-from ..watch import Description, find_formula
+from ..watch import find_formula
 
 __all__ = ["register_adapter"]
 
-_LAYOUTS = ("halves", "raw_first", "interleaved")
 _FORWARDS = ("forward", "encode")
 _INVERSES = ("inverse", "decode", "reverse", "undo")
 
@@ -87,7 +87,7 @@ def register_adapter(
         raise TypeError(f"cls must be a subclass of nn.Module; got {cls!r}")
     choices: tuple[tuple[str, Any, Any], ...] = (
         ("order", order, ORDERS),
-        ("layout", layout, _LAYOUTS),
+        ("layout", layout, LAYOUTS),
         ("moves", moves, HALVES),
     )
     for option, value, allowed in choices:
