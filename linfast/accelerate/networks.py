@@ -1,24 +1,28 @@
 """The networks that an instance of a registered class may have, and its number of features.
 
-What the user's description leaves open is read from calls of the networks by themselves.
+What the user's description leaves open is read from calls of the networks by themselves. A ``Recorder`` then takes
+the place of each network, and shows with what the instance calls it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .adapter import Unfit
-from .formula import Parameter, Path, at
+from .adapter import Stub, Unfit
+from .formula import Parameter, Path, at, shaped
 from .verify import bare_copy
 
 LAYOUTS = ("halves", "raw_first", "interleaved")
 _UNKNOWN_FEATURES = (5, 6)  # tried where neither the class nor its networks say how many there are
 _POSITIONS = (4, 16)  # per dimension after the channels
+_SIZES = (8.0, 1.5, 1.5)  # of a recorder's outputs, by row
+_LARGE = (60.0, -60.0)  # of one recorder's outputs, in two rows of its own
 
 
 @dataclass(frozen=True)
@@ -126,3 +130,41 @@ def _features(instance: nn.Module, given: Description, net: Net, alone: bool) ->
         return [*_UNKNOWN_FEATURES]
     at_once = [net.inputs + net.outputs // 2] if alone and net.keys is None and net.outputs % 2 == 0 else []
     return [*at_once, net.inputs + net.outputs, net.inputs]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One call of a network: its index, input, context and output [first | second]."""
+
+    net: int
+    kept: Tensor
+    context: tuple[Any, ...]
+    output: Tensor
+
+
+class Recorder(nn.Module):
+    """Replaces a network by a ``Stub`` with as many outputs, and records its calls."""
+
+    def __init__(self, index: int, net: Net, features: int, log: list[Seen], sizes: Sequence[float]) -> None:
+        super().__init__()
+        self.index, self.net, self.features, self.log, self.sizes = index, net, features, log, sizes
+        self.stub: Stub | None = None
+
+    def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
+        if self.net.inputs not in (None, kept.shape[1]):
+            raise ValueError(f"{'.'.join(self.net.path)} takes {self.net.inputs} features, not {kept.shape[1]}")
+        both = 2 if self.net.keys is not None else 1
+        out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
+        if self.stub is None:
+            draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape).to(kept)  # noqa: E731
+            sizes = torch.tensor(self.sizes).to(kept).view(-1, *[1] * (kept.ndim - 1))
+            self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
+        y = self.stub(kept, *context, **named)
+        self.log.append(Seen(self.index, kept.clone(), (*context, *named.items()), y.clone()))
+        return shaped(y, self.net.keys)
+
+
+def sizes_of(index: int, count: int) -> list[float]:
+    """Sizes of the outputs of one of ``count`` networks' recorders, by row."""
+    large = [_LARGE if i == index else _SIZES[-1:] * 2 for i in range(count)]
+    return [*_SIZES, *itertools.chain(*large), _SIZES[-1]]

@@ -1,6 +1,6 @@
 """Finds the ``Formula`` of an instance of a registered class by watching its own code run.
 
-The networks of a bare copy are replaced by random smooth functions that record every call (``_Recorder``). The
+The networks of a bare copy are replaced by random smooth functions that record every call (``Recorder``). The
 forward then runs once, in float64 and in plain torch, on random x [B, C, ...]:
 
     input of a network           the kept features of a coupling: its columns are columns of the coupling's input
@@ -18,8 +18,8 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,17 +29,15 @@ from ..dispatch import plain_torch, tensor_of
 from ..ops.affine_coupling import ORDERS
 from ..rows import all_lengths
 from ..scale_maps import ScaleMap
-from .adapter import Stub, Unfit, put_inside
-from .formula import Call, Formula, Path, Step, at, by_formula, shaped
+from .adapter import Unfit, put_inside
+from .formula import Call, Formula, Path, Step, at, by_formula
 from .identity import original_class, uncompiled
-from .networks import LAYOUTS, Description, Net, candidates
+from .networks import LAYOUTS, Description, Net, Recorder, Seen, candidates, sizes_of
 from .own_state import OwnState
 from .sides import Index, Split, split_of
 from .verify import bare_copy
 
 _SEED = 20260102
-_SIZES = (8.0, 1.5, 1.5)  # of the parameters, by row
-_LARGE = (60.0, -60.0)  # of one network's parameters, in two rows of its own
 _FAR = 50.0  # times x, in one more row
 _CLOSE = 1e-9  # relative L2 difference in float64 of one row
 
@@ -88,36 +86,9 @@ def _unfit(why: str, far: float) -> Unfit:
     return reason
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One call of a network: its index, input, context and output [first | second]."""
-
-    net: int
-    kept: Tensor
-    context: tuple[Any, ...]
-    output: Tensor
-
-
-class _Recorder(nn.Module):
-    """Replaces a network by a ``Stub`` with as many outputs, and records its calls."""
-
-    def __init__(self, index: int, net: Net, features: int, log: list[_Seen], sizes: Sequence[float]) -> None:
-        super().__init__()
-        self.index, self.net, self.features, self.log, self.sizes = index, net, features, log, sizes
-        self.stub: Stub | None = None
-
-    def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
-        if self.net.inputs not in (None, kept.shape[1]):
-            raise ValueError(f"{'.'.join(self.net.path)} takes {self.net.inputs} features, not {kept.shape[1]}")
-        both = 2 if self.net.keys is not None else 1
-        out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
-        if self.stub is None:
-            draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape).to(kept)  # noqa: E731
-            sizes = torch.tensor(self.sizes).to(kept).view(-1, *[1] * (kept.ndim - 1))
-            self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
-        y = self.stub(kept, *context, **named)
-        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.items()), y.clone()))
-        return shaped(y, self.net.keys)
+def _differs(method: str, error: float) -> Unfit:
+    far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
+    return _unfit(f"its {method}, as described, differs from the original {far} on a random input", min(error, 1.0))
 
 
 class _Watch:
@@ -133,28 +104,19 @@ class _Watch:
         device: torch.device,
     ) -> None:
         self.given, self.scale_map, self.nets, self.device = given, scale_map, nets, device
-        self.log: list[_Seen] = []
-        by_net = [self._sizes(i, len(nets)) for i in range(len(nets))]
-        self.shape = (len(by_net[0]), features, *nets[0].positions)
+        self.log: list[Seen] = []
+        sizes = [sizes_of(i, len(nets)) for i in range(len(nets))]
+        self.shape = (len(sizes[0]), features, *nets[0].positions)
         originals = [at(instance, net.path) for net in nets]
         self.copy: Any = bare_copy(instance, torch.float64, {id(uncompiled(net)) for net in originals})
         self.others = _others(instance, originals)
-        recorders = {
-            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log, by_net[i])
-            for i, net in enumerate(nets)
-        }
-        put_inside(self.copy, recorders)
-
-    @staticmethod
-    def _sizes(index: int, count: int) -> list[float]:
-        """Of one network's parameters, by row."""
-        large = [_LARGE if i == index else _SIZES[-1:] * 2 for i in range(count)]
-        return [*_SIZES, *itertools.chain(*large), _SIZES[-1]]
+        recorders = [Recorder(i, net, features, self.log, sizes[i]) for i, net in enumerate(nets)]
+        put_inside(self.copy, {id(at(self.copy, each.net.path)): each for each in recorders})
 
     def formula(self) -> Formula:
         names = [*self.given.methods]
         forward, x = names[0], self._draw()
-        y, log_det = self._call(forward, x)
+        y, log_det = self._call(forward, x, {})
         if self.given.log_det is not None and self.given.log_det != (log_det is not None):
             returned = "no log-determinant" if log_det is None else "a log-determinant"
             raise _unfit(f"log_det is {self.given.log_det}, but the original's {forward} returns {returned}", 1.0)
@@ -164,18 +126,11 @@ class _Watch:
         found = [self._replayed(x, y, log_det, seen, *how) for how in self._ways()]
         error, formula = min(found, key=lambda each: each[0])
         if not error <= _CLOSE or formula is None:
-            self._differs(forward, error)
-        assert formula is not None
+            raise _differs(forward, error)
         calls = {name: call for name in names if (call := self._compared(name, formula)) is not None}
         if not any(call.inverse or call.flag for call in calls.values()):
-            self._differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
+            raise _differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
         return replace(formula, calls=calls, others=self.others)
-
-    def _differs(self, method: str, error: float) -> None:
-        far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
-        raise _unfit(
-            f"its {method}, as described, differs from the original {far} on a random input", min(error, 1.0)
-        )
 
     def _ways(self) -> Iterator[tuple[str, str]]:
         """(order, layout) to try."""
@@ -188,12 +143,12 @@ class _Watch:
         x[-1] *= _FAR
         return x.to(self.device)
 
-    def _call(self, method: str, x: Tensor, named: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor | None]:
+    def _call(self, method: str, x: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""
         self.log.clear()
         state, given = OwnState(self.copy, [at(self.copy, net.path) for net in self.nets]), x.clone()
         try:
-            found = getattr(original_class(self.copy), method)(self.copy, given, **(named or {}))
+            found = getattr(original_class(self.copy), method)(self.copy, given, **named)
         except Exception as error:
             raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
         if not state.holds() or not torch.equal(given, x):
@@ -206,7 +161,7 @@ class _Watch:
         return y, log_det
 
     def _replayed(
-        self, x: Tensor, y: Tensor, log_det: Any, seen: Sequence[_Seen], order: str, layout: str
+        self, x: Tensor, y: Tensor, log_det: Any, seen: Sequence[Seen], order: str, layout: str
     ) -> tuple[float, Formula | None]:
         """(error, formula) with this order and layout."""
         steps: list[Step] = []
@@ -245,7 +200,7 @@ class _Watch:
     def _compared(self, name: str, formula: Formula) -> Call | None:
         """What the method computes; None where that is neither the formula nor its inverse."""
         inverse, parameters = self.given.methods[name]
-        found = self._agrees(name, formula, inverse)
+        found = self._agrees(name, formula, inverse, {})
         if found is None:
             return None
         ways: list[tuple[bool, dict[str, Any]]] = [(inverse, {})]
@@ -259,33 +214,30 @@ class _Watch:
                     ways.append((not inverse, other))
                     break
         others = (p.name for p in parameters if p.default is None)
-        passed = (each for each in others if all(self._passes(name, formula, each, *way) for way in ways))
+        passed = (p for p in others if all(self._agrees(name, formula, *way, p) is not None for way in ways))
         return Call(inverse, returns, flag, next(passed, None))
 
     def _agrees(
-        self, name: str, formula: Formula, inverse: bool, named: Mapping[str, Any] | None = None
+        self, name: str, formula: Formula, inverse: bool, flag: Mapping[str, Any], argument: str | None = None
     ) -> bool | None:
-        """Whether the method returns a log-determinant too; None where it differs from the formula."""
-        x = self._draw()
+        """Whether the method returns a log-determinant too; None where it differs from the formula.
+
+        ``argument``: a context, which every network must get as it is; else the result is None too.
+        """
+        x, named = self._draw(), dict(flag)
+        if argument is not None:
+            named[argument] = torch.randn(self.shape[0], 2, dtype=torch.float64).to(self.device)
+        context = [] if argument is None else [named[argument]]
         try:
             y, log_det = self._call(name, x, named)
-        except _Writes:
-            raise
-        except Unfit:
+        except Unfit as reason:
+            if isinstance(reason, _Writes) and argument is None:
+                raise
             return None
-        close = self._error(formula, x, y, log_det, inverse) <= _CLOSE
+        if argument is not None and not all([*map(id, call.context)] == [*map(id, context)] for call in self.log):
+            return None
+        close = self._error(formula, x, y, log_det, inverse, context) <= _CLOSE
         return log_det is not None if close else None
-
-    def _passes(self, name: str, formula: Formula, argument: str, inverse: bool, flag: Mapping[str, Any]) -> bool:
-        """Whether the argument is passed on to every network as it is, with this value of the flag."""
-        x, context = self._draw(), torch.randn(self.shape[0], 2, dtype=torch.float64).to(self.device)
-        try:
-            y, log_det = self._call(name, x, {argument: context, **flag})
-        except Unfit:
-            return False
-        if not all(len(call.context) == 1 and call.context[0] is context for call in self.log):
-            return False
-        return self._error(formula, x, y, log_det, inverse, [context]) <= _CLOSE
 
 
 def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:
@@ -298,9 +250,9 @@ def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:
     )
 
 
-def _groups(seen: Sequence[_Seen]) -> list[list[_Seen]]:
+def _groups(seen: Sequence[Seen]) -> list[list[Seen]]:
     """The calls of each coupling: those that follow one another with one input; a repeated call counts once."""
-    groups: list[list[_Seen]] = []
+    groups: list[list[Seen]] = []
     for call in seen:
         if not groups or not torch.equal(groups[-1][0].kept, call.kept):
             groups.append([call])
