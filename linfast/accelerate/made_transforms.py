@@ -80,7 +80,7 @@ def made_adapter(
     def probe(instance: Any, draw: Draw) -> list[Tensor]:
         redraw(instance.eval())
         found, outputs, layer = find(instance), [], getattr(instance.autoregressive_net, "context_layer", None)
-        contexts = [None]
+        contexts: list[Tensor | None] = [None]
         if layer is not None:
             size = layer.in_features
             contexts += [draw(_ROWS, size), draw(1, size).expand(_ROWS, -1)]

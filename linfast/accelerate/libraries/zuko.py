@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributions import ExpTransform, Transform, constraints
 
 from ...checks import check_kind
+from ...dispatch import is_traced
 from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
 from ..adapter import Draw, Stub, Unfit
@@ -75,10 +76,6 @@ def _mask_of(lazy: Any, kept: Any) -> Tensor:
     return mask
 
 
-def is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 class Inverse(type(ExpTransform().inv)):  # type: ignore[misc]  # torch has no public name for this class
     """The inverse of a transform that evaluates its network once for value and log-determinant."""
 
@@ -93,7 +90,7 @@ def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
     """The transform for c, on a CPU in zuko's own arithmetic, with one conditioner evaluation per direction."""
     own = lazy.mask.is_cpu and not checks_all_lengths()
     if is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
-        return original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined, no-any-return]
+        return original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
     return _transform_class()(lazy, c, plan_of(lazy).layout, own)
 
 
@@ -221,7 +218,7 @@ def _forward_chain(chain: Any, c: Tensor | None = None) -> Transform:
     """The transform for c: where c is None all couplings together, else zuko's own composition."""
     fused = fused_of(chain) if c is None and not is_traced() and not is_patched(chain) else None
     if fused is None:
-        return original_class(chain).forward(chain, c)  # type: ignore[attr-defined, no-any-return]
+        return original_class(chain).forward(chain, c)  # type: ignore[attr-defined]
     return _together_class()(chain, fused, False)
 
 
@@ -246,10 +243,7 @@ def _together_class() -> Callable[..., Transform]:
         def _apart(self) -> list[Transform]:
             """One transform per coupling, with the masks from when this object was made."""
             pairs = zip(self._couplings, self._fused.couplings, strict=True)
-            return [
-                _transform_class()(lazy, None, None, True, _mask_of(lazy, coupling.kept))
-                for lazy, coupling in pairs
-            ]
+            return [_transform_class()(lazy, None, None, True, _mask_of(lazy, each.kept)) for lazy, each in pairs]
 
         @property
         def transforms(self) -> list[Transform]:

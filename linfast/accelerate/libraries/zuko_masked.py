@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
+from ...dispatch import is_traced
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
 from ..adapter import Adapter, Draw, Unfit
@@ -39,7 +40,7 @@ from ..masked import (
     redraw,
 )
 from ..mlp import activation_of, name_of_activation
-from .zuko import Inverse, is_traced, univariate_of
+from .zuko import Inverse, univariate_of
 from .zuko_spline import find_spline, meta, methods_of_splines
 
 # Rows of a batch on a CPU; with fewer, zuko's own code runs (measured on an AMD EPYC with one thread).
@@ -207,7 +208,7 @@ def _extras_of(given: _Given, first: Any, features: int, hidden: int) -> Extras 
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
     """The transform for c, whose inverse walks over the degrees."""
     if is_traced():
-        return original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined, no-any-return]
+        return original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
     return _transform_class()(lazy, c)
 
 

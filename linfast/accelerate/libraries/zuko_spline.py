@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ...dispatch import autocast_dtype, is_transformed
+from ...dispatch import autocast_dtype, is_traced, is_transformed
 from ...kernels.spline_spec import Spline
 from ...ops.rq_spline import MOST_BOUND, spline_transform
 from ...rows import checks_all_lengths
 from ..identity import changed_method, find_class, is_own_method
 from ..masked import InvertFeatures
-from .zuko import is_traced, named_options
+from .zuko import named_options
 
 
 @dataclass(frozen=True)
