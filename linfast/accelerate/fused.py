@@ -27,8 +27,9 @@ from ..flows.undo import Outputs
 from ..rows import by_rows, rows_at_once
 from .adapter import ORIGINAL, Options, Plan, Unfit, adapter_for, untrained
 from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
-from .launch import Coupling, Launch, Member, launch_of, members_of
+from .launch import Launch, launch_of
 from .loop import NO_CONTEXT, Run, loops_of
+from .members import Coupling, Member, members_of
 from .sides import Affine, Index
 from .spline_curves import CURVE_METHODS
 
