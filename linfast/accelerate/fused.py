@@ -13,7 +13,6 @@ replaced (flows/remembered.py) or a mask has other values: ``Together.renewed``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,14 +61,14 @@ class Maps:
         """Whether the module is of one of these classes, with unmodified methods."""
         cls = original_class(module)
         found = cls.__qualname__ in self.names and cls.__module__.partition(".")[0] in self.library
-        return found and changed_method(module, self.methods_of(cls)) is None
-
-    def methods_of(self, cls: type) -> list[str]:
-        return [name for name in self.methods if hasattr(cls, name)]
+        return found and changed_method(module, [name for name in self.methods if hasattr(cls, name)]) is None
 
     def rows_apart(self, modules: Iterable[nn.Module]) -> bool:
         """Whether no row that the next call of these modules gets changes the result of another."""
         return all(self.known(module) and not self.initialises(module) for module in modules)
+
+
+NO_MAPS = Maps((), (), {})
 
 
 def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
@@ -112,12 +111,21 @@ class Together:
 
     def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
         """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
-        nested = [*_nested(chain, [module for _, module in self._arguments[0](chain)])]
+        flat, _, maps, _ = self._arguments
+        nested = [*_nested(chain, [module for _, module in flat(chain)])]
         for module in nested:
             if is_hooked(module) or changed_method(module, _CALLED) is not None:
                 raise Unfit(f"its nested {type(module).__name__} has a hook or a replaced method")
-        self._children, maps = chain._modules, self._arguments[2]
-        self._evidence = _evidence(chain, nested, recognised, masks, maps)
+        lists = [held for each in (chain, *nested) for held in _lists(each)]
+        functions = [(original_class(module), name) for module in nested for name in _CALLED]
+        for module in recognised:
+            adapter = adapter_for(module)
+            names = maps.methods if adapter is None else (*adapter.methods, *adapter.assumes)
+            inner = {original_class(inside) for inside in module.modules()}
+            of_classes = [(original_class(module), names), *((cls, CURVE_METHODS) for cls in inner)]
+            functions += [(cls, name) for cls, names in of_classes for name in names if hasattr(cls, name)]
+        self._children = chain._modules
+        self._evidence = Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
         self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
 
     def plan(self, chain: nn.Module) -> Plan:
@@ -255,26 +263,10 @@ def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Modul
     """The chains inside the chain that are not members themselves, but whose members are."""
     if any(chain is member for member in members):
         return
-    for each in itertools.chain.from_iterable(held.children() for held in _lists(chain)):
+    for each in (child for held in _lists(chain) for child in held.children()):
         if not any(each is member for member in members):
             yield each
             yield from _nested(each, members)
-
-
-def _evidence(
-    chain: nn.Module, nested: Sequence[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor],
-    maps: Maps,
-) -> Evidence:  # fmt: skip
-    """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
-    lists = [*_lists(chain), *itertools.chain.from_iterable(map(_lists, nested))]
-    functions = [(original_class(module), name) for module in nested for name in _CALLED]
-    for module in recognised:
-        adapter, cls = adapter_for(module), original_class(module)
-        names = maps.methods if adapter is None else (*adapter.methods, *adapter.assumes)
-        functions += [(cls, name) for name in names if hasattr(cls, name)]
-        inner = {original_class(inside) for inside in module.modules()}
-        functions += [(inside, name) for inside in inner for name in CURVE_METHODS if hasattr(inside, name)]
-    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
 
 
 def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:

@@ -26,7 +26,7 @@ from ...scale_maps import ScaleMap
 from ..adapter import Draw, Stub, Unfit
 from ..chain import chain_adapter, fused_of
 from ..coupling import couple, coupling_adapter
-from ..fused import Fused, Maps, listed
+from ..fused import NO_MAPS, Fused, listed
 from ..identity import PLAN, find_class, is_patched, original_class
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
@@ -287,7 +287,7 @@ _CHAIN = chain_adapter(
     "LazyComposedTransform",
     listed("transforms"),
     None,
-    Maps((), (), {}),
+    NO_MAPS,
     methods={"forward": _forward_chain},
     probe=lambda chain, draw: (),
     stored=_STORED,
