@@ -85,6 +85,9 @@ def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
     return flat
 
 
+Recognise = Callable[[nn.Module, Maps], tuple[Sequence[Any], Iterable[Tensor]] | None]
+"""(a module as members, the tensors whose values they were read from), or None: its library's own code runs."""
+
 _FEWEST = 2  # couplings
 _CALLED = "forward", "inverse"  # the methods of a nested chain that its own chain would call
 
@@ -109,9 +112,20 @@ class Together:
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self._arguments, self._options = (flat, run, maps, options), options
 
-    def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
-        """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
+    def _find(self, chain: nn.Module, recognise: Recognise) -> tuple[list[Any], list[nn.Module]]:
+        """(the members in order, the modules that were recognised); what was not recognised stays a module.
+
+        This holds until ``renewed`` finds a change of the recognised modules or of their masks' values.
+        """
         flat, _, maps, _ = self._arguments
+        members: list[Any] = []
+        recognised: list[nn.Module] = []
+        masks: list[Tensor] = []
+        for _, module in flat(chain):
+            found = recognise(module, maps)
+            members += [module] if found is None else found[0]
+            recognised += [] if found is None else [module]
+            masks += [] if found is None else found[1]
         nested = [*_nested(chain, [module for _, module in flat(chain)])]
         for module in nested:
             if is_hooked(module) or changed_method(module, _CALLED) is not None:
@@ -123,10 +137,11 @@ class Together:
             names = maps.methods if adapter is None else (*adapter.methods, *adapter.assumes)
             inner = {original_class(inside) for inside in module.modules()}
             of_classes = [(original_class(module), names), *((cls, CURVE_METHODS) for cls in inner)]
-            functions += [(cls, name) for cls, names in of_classes for name in names if hasattr(cls, name)]
+            functions += [(cls, name) for cls, own in of_classes for name in own if hasattr(cls, name)]
         self._children = chain._modules
         self._evidence = Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
-        self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
+        self._alone = recognised == [chain]  # the evidence then holds all of its attributes
+        return members, recognised
 
     def plan(self, chain: nn.Module) -> Plan:
         """The chain's plan. It reports which code runs on this device and on a GPU."""
@@ -167,18 +182,7 @@ class Fused(Together):
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         super().__init__(chain, flat, run, maps, options)
-        members: list[Member] = []
-        recognised: list[nn.Module] = []
-        masks: list[Tensor] = []
-        for _, module in flat(chain):
-            found = recognise(module, maps)
-            if found is None:
-                members.append(module)
-                continue
-            members += found[0]
-            masks += found[1]
-            recognised.append(module)
-        self._remember(chain, recognised, masks)
+        members, recognised = self._find(chain, recognise)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -270,10 +274,7 @@ def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Modul
 
 
 def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:
-    """(the member as couplings or maps, the tensors whose values it was read from), or None.
-
-    None: the member runs by the library's own code.
-    """
+    """The module as couplings or maps: see ``Recognise``."""
     adapter = adapter_for(module)
     masks: Iterable[Tensor]
     if is_hooked(module) or has_global_hook():
