@@ -147,6 +147,7 @@ _SPLINE_BIN, _SPLINE_FOUND = 22, 120  # operations per bin, and for the bin that
 
 def _spline(size: Size) -> Function:
     from linfast.kernels.spline_spec import Spline
+
     from linfast.ops.rq_spline import spline_transform
 
     spline, inverse = Spline(int(size["K"])), size["direction"] == INVERSE
