@@ -13,6 +13,7 @@ dropout or batch norm, under torch.compile, torch.func and autocast, and on inpu
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, has_global_hook, is_transformed, uses_triton
+from ..dispatch import autocast_dtype, has_global_hook, is_transformed, records_gradients, uses_triton
 from ..flows.remembered import Evidence
 from ..ops.autoregressive_masks import AutoregressiveMasks
 from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
@@ -158,7 +159,10 @@ class MaskedInverse:
         graph = torch.is_grad_enabled()
         if graph and self.assumed:  # a function may hold tensors that require a gradient
             return None
-        if uses_triton(y, *weights) or (graph and _any_requires_grad((y, *weights, *biases), extras, norms)):
+        pairs = itertools.chain(extras, filter(None, norms or ()))
+        if uses_triton(y, *weights) or (
+            graph and records_gradients(y, *weights, *biases, *itertools.chain(*pairs))
+        ):
             return self._by_op(y, read, extras, precision) if self.has_gradient else None
         with torch.no_grad() if graph else nullcontext():
             return self._by_walk(y, read, extras, norms)
@@ -194,12 +198,6 @@ class MaskedInverse:
         if isinstance(self.transform, Affine):
             return invert_affine(net, y, self.transform.scale, self.transform.log_scale, True)
         return invert_elementwise(net, y, self.transform)
-
-
-def _any_requires_grad(tensors: Sequence[Tensor | None], extras: Extras, norms: Norms | None) -> bool:
-    pairs = [*extras, *(pair for pair in norms or () if pair is not None)]
-    every = (*tensors, *(each for pair in pairs for each in pair))
-    return any(tensor is not None and tensor.requires_grad for tensor in every)
 
 
 _MOST_COMPARED = 2**24
