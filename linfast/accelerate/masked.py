@@ -159,10 +159,8 @@ class MaskedInverse:
         graph = torch.is_grad_enabled()
         if graph and self.assumed:  # a function may hold tensors that require a gradient
             return None
-        pairs = itertools.chain(extras, filter(None, norms or ()))
-        if uses_triton(y, *weights) or (
-            graph and records_gradients(y, *weights, *biases, *itertools.chain(*pairs))
-        ):
+        tensors = (y, *weights, *biases, *itertools.chain(*extras, *filter(None, norms or ())))
+        if uses_triton(y, *weights) or (graph and records_gradients(*tensors)):
             return self._by_op(y, read, extras, precision) if self.has_gradient else None
         with torch.no_grad() if graph else nullcontext():
             return self._by_walk(y, read, extras, norms)
