@@ -19,8 +19,9 @@ from .adapter import Adapter, Draw, Options, Plan, Unfit
 from .chain import fused_of
 from .coupling import couple, coupling_adapter
 from .formula import Formula, ShapedStub, at, settings_of
-from .fused import NO_MAPS, Fused
+from .fused import Fused
 from .identity import PLAN, original_class
+from .maps import NO_MAPS
 from .networks import Description
 from .own_state import OwnState
 from .swap import is_unchanged

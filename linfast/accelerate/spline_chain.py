@@ -25,10 +25,11 @@ from ..freeze import derived
 from ..ops.residual_network import Terms, all_context_terms
 from ..rows import by_rows, one_row, rows_at_once
 from .adapter import Options, Plan, Unfit, adapter_for
-from .fused import Flat, Maps, Together, like_of, recognise
+from .fused import Together, like_of, recognise
 from .identity import changed_method, is_hooked
 from .loop import NO_CONTEXT, Run
 from .lu_maps import LUMap, LUMaps
+from .maps import Flat, Maps
 from .mlp import MLP, find_mlp
 from .residual import Residual, find_residual
 from .sides import Index, Split, Triangular

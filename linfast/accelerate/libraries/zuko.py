@@ -26,8 +26,9 @@ from ...scale_maps import ScaleMap
 from ..adapter import Draw, Stub, Unfit
 from ..chain import chain_adapter, fused_of
 from ..coupling import couple, coupling_adapter
-from ..fused import NO_MAPS, Fused, listed
+from ..fused import Fused
 from ..identity import PLAN, find_class, is_patched, original_class
+from ..maps import NO_MAPS, listed
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
 from ..unknown import Layers
