@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from linfast.bench.cases import CASES
-from linfast.bench.harness import Case, Options, Size, Verdict, judge, own_standard
+from linfast.bench.harness import Case, Options, Size
 from linfast.bench.rounding import relative_error
+from linfast.bench.standard import Verdict, judge, own_standard
 
 import linfast as lf
 from linfast.precision import PRECISIONS
