@@ -359,6 +359,15 @@ def test_a_map_of_another_dtype_fails_as_in_the_library() -> None:
             each(torch.randn(BATCH, D), torch.randn(BATCH, CONTEXT))
 
 
+def test_the_tables_of_the_maps_are_made_whatever_the_default_device_is() -> None:
+    original = _model("maps in a row")
+    model, x, c = copy.deepcopy(original), torch.randn(BATCH, D), torch.randn(BATCH, CONTEXT)
+    lf.accelerate(model)
+    with torch.device("meta"):  # a stand-in for a GPU
+        found = [*model(x, c), *model.inverse(x, c)]
+    assert _is_close(found, [*original(x, c), *original.inverse(x, c)], 1e-12)
+
+
 def test_another_transform_of_the_kept_features_is_followed() -> None:
     model = _spline("halves", None)
     original, x = copy.deepcopy(model), torch.randn(512, D)

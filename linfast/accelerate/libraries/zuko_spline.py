@@ -108,6 +108,7 @@ def _transform(
     bound = spline.spline.high
     if spline.shifted and not inverse:
         x = torch.remainder(x, 2 * bound) - bound
+    x = x.to(torch.promote_types(x.dtype, params.dtype))  # as zuko's arithmetic does; the op keeps the dtype of x
     y, total = spline_transform(x, params, spline.spline, inverse, log_det)
     return torch.remainder(y, 2 * bound) - bound if spline.shifted and inverse else y, total
 
