@@ -40,9 +40,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .row_products import TYPES
-from .stack_backward_grid import StackPass, grid_of, multiprocessors
+from .stack_backward_grid import StackPass, grid_of
 from .stack_backward_tiles import coupling_backward, coupling_forward, load_tile, map_step, store_tile
-from .stack_configs import target_of
+from .stack_configs import multiprocessors, target_of
 from .stack_spec import spec_of
 
 
@@ -139,7 +139,7 @@ def launch_coupling_stack_backward(
     if x.shape[0] == 0:
         return dx, torch.zeros_like(weights) if needs_weights else None, None, None
     stack, n_steps = StackPass(weights, operands, spec, x.is_cuda), len(spec.steps(weights))
-    tile, programs, run = grid_of(x.shape[0], stack, multiprocessors(x.device.type, x.device.index), target_of(x))
+    tile, programs, run = grid_of(x.shape[0], stack, multiprocessors(x), target_of(x))
     rows, hidden, matrices = tile["ROWS"], (spec.n_linear - 1) * spec.hidden, stack.matrices
     sizes = spec.half + hidden, hidden, 2 * spec.half + hidden
     scratch = [

@@ -14,6 +14,7 @@ for Triton 3.6 and 3.7.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class StackConfig:
     chunk_stages: int
 
 
-# Of an A100, an H100 or H200, a B200 and an MI300X.
+# Of an A100, an H100 or H200, a B200 and an MI300X: for the interpreter, and where code is compiled without a GPU.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # Tiles for small batches: fewer rows per program, so that more multiprocessors work. Then one program's chain of
@@ -86,10 +87,10 @@ class StackEntry:
     linearizer: bool = True
     smaller: tuple[StackConfig, ...] = (_FEW,)
 
-    def config_of(self, batch: int, target: str | None) -> StackConfig:
+    def config_of(self, batch: int, multiprocessors: int) -> StackConfig:
         """The tile of the fewest rows with at most one program per multiprocessor; ``config`` where none has."""
         for config in self.smaller:
-            if batch <= config.rows * MULTIPROCESSORS.get(target or "", 0):
+            if batch <= config.rows * multiprocessors:
                 return config
         return self.config
 
@@ -114,7 +115,7 @@ class LayersConfig:
     rows: int = 128
     num_warps: int = 8
 
-    def config_of(self, batch: int, target: str | None) -> LayersConfig:
+    def config_of(self, batch: int, multiprocessors: int) -> LayersConfig:
         """As StackEntry's."""
         return self
 
@@ -174,7 +175,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
         StackEntry(64, 128, 3, DIAGONAL, _TALL, smaller=(_FEW, _WIDE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 3, NO_MAPS, _WIDE_16, linearizer=False),
-        StackEntry(128, 256, 4, DENSE, _NARROW),
+        StackEntry(128, 256, 4, DENSE, _NARROW, linearizer=False),  # two launches take less: docs/roofline.md
     ),
     ("sm_90", "high"): _TWO_PARTS_90,
     ("sm_90", "exact"): _TWO_PARTS_90,
@@ -247,6 +248,20 @@ def _target(kind: str, index: int | None) -> str | None:
         name = torch.cuda.get_device_properties(index).gcnArchName
         return "gfx942" if name.startswith("gfx942") else None
     return _TARGETS.get(torch.cuda.get_device_capability(index))
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Those of x's GPU; without a GPU those of the one whose tiles Triton's interpreter runs."""
+    return _multiprocessors(x.device.type, x.device.index)
+
+
+def _multiprocessors(kind: str, index: int | None) -> int:
+    return _of_gpu(index) if kind == "cuda" else MULTIPROCESSORS[_target(kind, index) or ""]
+
+
+@functools.lru_cache(64)
+def _of_gpu(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 # As torch.compiler.assume_constant_result marks it, but without importing Dynamo.
