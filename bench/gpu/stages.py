@@ -33,11 +33,16 @@ DRY_SMOKE = ("op:low_rank", "case:coupling_stack", "models")
 DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opcheck")
 _SMOKE_DONE = r"\d+ right"
 TEST_SECONDS = 45
-FLOWS = ("coupling_flow", "linearizer")  # timed first: the most important cases
-NEXT = ("libraries", "streams", "coupling_stack", "masked_autoregressive", "rq_spline", "conv2d_fused")
+FLOWS = ("linearizer", "coupling_flow")  # timed first: the most important cases
+COMPILED = {"linearizer": "64 8 128 1048576", "coupling_flow": "262144"}  # the second call: sizes with these words
+NEXT = (
+    *("density", "residual_mlp", "coupling_stack", "rq_spline", "masked_autoregressive", "streams", "libraries"),
+    *("latent_matmul", "conv2d_fused"),
+)
 NOT_TIMED = ("peers",)  # coupling_flow against other libraries, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
-CASE_SECONDS = 60  # after which the benchmark of one case is stopped
+CASE_SECONDS = {"linearizer": 90}  # after which the benchmark of a case is stopped
+OTHER_SECONDS = 45  # of the other cases
 COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
 
 
@@ -131,7 +136,7 @@ def plan(compile: bool) -> list[Stage]:
     environment = Stage("environment", 30, "environment.txt", lambda given: probe)
     table = Stage("table", 170 if compile else TOTAL, "bench.log", _table)
     if compile:
-        compiled = Stage("bench", 155, "bench.log", lambda given: _cases(given, FLOWS, 120, "--compile"))
+        compiled = Stage("bench", 155, "bench.log", lambda given: _cases(given, FLOWS, "--compile"))
         return [environment, compiled, table]
     return [
         environment,
@@ -187,21 +192,23 @@ def _bench(given: Given) -> list[Job]:
     """The benchmark cases, the most important first."""
     first = (*FLOWS, *NEXT)
     rest = [case for case in given.machine.cases if case not in (*first, *NOT_TIMED)]
-    return _cases(given, (*first, *rest), CASE_SECONDS, "--no-compile")
+    return _cases(given, (*first, *rest), "--no-compile")
 
 
-def _cases(given: Given, cases: Sequence[str], limit: float, *options: str) -> list[Job]:
+def _cases(given: Given, cases: Sequence[str], compile: str) -> list[Job]:
     """One process per case, so that a crash or a hang loses only this case.
 
     A process that has printed its last lines, which explain its columns, has succeeded, whatever its exit status.
     """
     sizes = ["--sizes", "gpu"] if given.machine.on_gpu else ["--sizes", "tiny", "--budget", "0.02"]
-    options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", *options)
-    return [
-        Job(case, _module("linfast.bench", *options, f"--case={case}"), given.share, done="x base:", limit=limit)
-        for case in cases
-        if case in given.machine.cases
-    ]
+    options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", compile)
+    jobs = []
+    for case in (case for case in cases if case in given.machine.cases):
+        few = ("--only", COMPILED[case]) if compile == "--compile" and given.machine.on_gpu else ()
+        command = _module("linfast.bench", *options, f"--case={case}", *few)
+        limit = CASE_SECONDS.get(case, OTHER_SECONDS)
+        jobs.append(Job(case, command, given.share, done="x base:", limit=limit))
+    return jobs
 
 
 def _profile(given: Given) -> list[Job]:

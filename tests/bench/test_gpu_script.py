@@ -14,10 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
+from linfast.bench.cases import CASES, sizes, words
 from linfast.bench.gpu.report import Report
 from linfast.bench.gpu.runner import Job, run_jobs
 from linfast.bench.gpu.stages import MOST_GIB, TOTAL, Given, Machine, plan
 from linfast.bench.run import parser
+
+from linfast.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = {"ops": ["op:low_rank", "models"], "cases": ["coupling_flow", "linearizer", "low_rank"]}
@@ -112,7 +115,7 @@ def test_every_stage_has_its_turn_and_its_line(started, tmp_path: Path) -> None:
     assert len(files) <= 8
     assert [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()] == 3 * [RESULT]
     benches = [parser().parse_args(line[2:]) for line in noted if line[:2] == ["-m", "linfast.bench"]]
-    assert [args.case for args in benches if args.json] == [["coupling_flow"], ["linearizer"], ["low_rank"]]
+    assert [args.case for args in benches if args.json] == [["linearizer"], ["coupling_flow"], ["low_rank"]]
     [tests] = [line for line in noted if line[:2] == ["-m", "pytest"]]
     assert all((ROOT / argument).exists() for argument in tests if argument.startswith("tests/"))
 
@@ -139,9 +142,22 @@ def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
     assert len(list(out.iterdir())) <= 8
 
 
+GIVEN = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], list(CASES)), {}, Path(), Path())
+
+
+def test_a_real_call_times_every_case_but_peers_and_the_second_one_the_flagship() -> None:
+    for compile, cases in ((False, CASES.keys() - {"peers"}), (True, {"linearizer", "coupling_flow"})):
+        jobs = next(stage for stage in plan(compile) if stage.name == "bench").jobs(GIVEN)
+        asked = [parser().parse_args(["cpu" if word == "cuda" else word for word in job.command[3:]]) for job in jobs]
+        assert sorted(name for args in asked for name in args.case) == sorted(cases)
+        timed = {words(size) for args in asked for size in sizes(CASES[args.case[0]], args)}
+        for mode in PRECISIONS:
+            assert f"forward {mode} 64 8 128 {2**20}" in timed
+    assert len(timed) == 5
+
+
 def test_the_tests_of_a_real_call_exist() -> None:
-    given = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], ["coupling_flow"]), {}, Path(), Path())
-    [tests] = next(stage for stage in plan(compile=False) if stage.name == "tests").jobs(given)
+    [tests] = next(stage for stage in plan(compile=False) if stage.name == "tests").jobs(GIVEN)
     paths = [argument for argument in tests.command if argument.startswith("tests/")]
     assert len(paths) > 3
     assert all((ROOT / path).exists() for path in paths)

@@ -12,7 +12,6 @@ below the error of a wrong kernel; exact budgets are in the tests. On a CPU the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import json
 import os
@@ -23,7 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from linfast.bench.cases import CASES
+from linfast.bench.cases import CASES, common
+from linfast.bench.cases.common import in_precision
 from linfast.bench.harness import Case, Options, Size, Verdict, judge, own_standard
 from linfast.bench.rounding import relative_error
 
@@ -33,8 +33,8 @@ from tests.machine_code.cases import all_cases
 from tests.machine_code.check import exact, outputs_and_gradients, values_of
 from tests.machine_code.variants import Variant, variants
 
-# Relative L2 by mode; one rounding of an operand is 2^-24 (2^-22 in stacks), 2^-17, 2^-11 or 2^-9.
-TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
+# Relative L2 by mode, and by dtype.
+TOLERANCES = {**common.TOLERANCES, "fp16": 1e-2, "bf16": 5e-2}
 MOST_ROWS = 2**14  # or pixels of a timed size: several processes share the card, and float64 takes its time
 ON_GPU = torch.cuda.is_available()
 # They have no kernels of their own.
@@ -113,25 +113,8 @@ def _timed(case: Case, size: Size, mode: str) -> Verdict:
     allowed = TOLERANCES[dtypes.get(str(size.get("dtype")), mode or str(size.get("precision", "exact")))]
     standard = own_standard(problem.truth, problem.inputs[:1], allowed)
     ours = next(provider for provider in problem.providers if provider.name == "linfast")
-    with _matmul_settings(mode):
+    with in_precision(mode):
         return judge(ours.call, problem.inputs[:1], standard)
-
-
-@contextlib.contextmanager
-def _matmul_settings(mode: str) -> Iterator[None]:
-    """The settings of torch that select the mode; see linfast.precision."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = convolution.fp32_precision
-    torch.set_float32_matmul_precision({"high": "high", "tf32": "high", "fast": "medium"}.get(mode, "highest"))
-    if mode == "high":
-        matmul.fp32_precision = "ieee"
-    convolution.fp32_precision = "tf32" if mode in ("tf32", "fast") else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        convolution.fp32_precision = before
 
 
 def lines(name: str) -> Iterator[Line]:

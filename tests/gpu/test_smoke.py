@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from linfast.ops import register
 from tests.gpu import smoke
+from tests.machine_code.cases import all_cases
 from tests.marks import long
 from tests.ops.budget import DEVICE
 
@@ -73,11 +74,13 @@ def test_every_op_case_mode_and_direction_is_looked_at() -> None:
         ("coupling_flow", "training step", "exact"),
         ("affine_coupling", "inverse"),
         ("coupling_mix", "inverse"),
+        ("density", "spline", "training step"),
+        ("residual_mlp", "forward+backward", "fast"),
         ("conv2d_fused", "forward+backward", "high"),
     ):
         assert any(all(f" {word} " in f" {name} " for word in words) for name in names), words
     ops = [name for name in smoke.NAMES if name.startswith("op:")]
-    assert len(ops) == 15
+    assert len(ops) == len({case.op for case in all_cases()})  # which tests.machine_code compares with linfast.ops
     assert "models" in smoke.NAMES
 
 
