@@ -19,7 +19,7 @@ D = 64, H = 128, n = 3, depth 8, B = 2^20 on an H100; counted in the compiled co
 
                                                                      fast            exact
     bytes of L2 per row and layer: S, h and act', d, dW              2.6 3.1 2.8 3.7  4.5 5.6 5.2 5.7 KB
-    of all, at 5.5 TB/s                                              18 ms           32 ms
+    of all, at 5.5 TB/s                                              19 ms           32 ms
     device memory: inputs and gradients of steps 10.5, x, dx and
     dL/dy 0.8, sums of gradients 1.8 KB per row, at 3.35 TB/s        4 ms            4 ms
     products, 122,880 per row and layer with 9% in padding, bf16     2.6 ms          16 ms

@@ -137,7 +137,7 @@ _FLOW = Case(
         "gpu": [
             *grid(_BASE, batch=(1024, 2**18)),
             *grid({**_BASE, "batch": 2**16}, direction=(INVERSE, TRAIN)),
-            {**_BASE, "D": 256, "hidden": 512, "batch": 2**16},
+            {**_BASE, "D": 256, "hidden": 512, "batch": 2**17},
         ],
         "full": [
             *grid(_BASE, direction=_DIRECTIONS, batch=(2**6, 2**10, 2**14, 2**18, 2**22)),
