@@ -97,7 +97,7 @@ class StackEntry:
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """A program's tile where each linear layer is a launch, at every batch.
+    """A program's tile where each linear layer is a launch; the same for every batch.
 
     Args:
         columns: of a hidden layer's output per program.
@@ -114,10 +114,6 @@ class LayersConfig:
     stages: int = 3
     rows: int = 128
     num_warps: int = 8
-
-    def config_of(self, batch: int, multiprocessors: int) -> LayersConfig:
-        """As StackEntry's."""
-        return self
 
 
 # All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the
@@ -141,8 +137,12 @@ _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stag
 _FOUR_WARPS = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 _NARROW_FOUR = StackConfig(rows=32, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 # On gfx942 they are waves of 64 threads, with 512 registers per thread.
-_CDNA = _FOUR_WARPS
+_CDNA = StackEntry(64, 128, 4, DENSE, _FOUR_WARPS, smaller=(_CDNA_FEW,))
 
+_FAST_WHOLE = (
+    StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
+    StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
+)
 # Operands in two parts: "high", and "exact" with scales.
 _TWO_PARTS_80 = (StackEntry(64, 128, 3, DIAGONAL, _FOUR_WARPS), StackEntry(64, 128, 4, DENSE, _NARROW_FOUR))
 _TWO_PARTS_90 = (
@@ -165,8 +165,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "high"): _TWO_PARTS_80,
     ("sm_80", "exact"): _TWO_PARTS_80,
     ("sm_90", "fast"): (
-        StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
+        *_FAST_WHOLE,
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 4, DIAGONAL, _WIDE),
         StackEntry(128, 256, 4, DENSE, _NARROW),
@@ -180,8 +179,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_90", "high"): _TWO_PARTS_90,
     ("sm_90", "exact"): _TWO_PARTS_90,
     ("sm_100", "fast"): (
-        StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
+        *_FAST_WHOLE,
         StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
@@ -192,11 +190,11 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_100", "high"): _TWO_PARTS_100,
     ("sm_100", "exact"): _TWO_PARTS_100,
     ("gfx942", "fast"): (
-        StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),
-        StackEntry(128, 256, 3, DIAGONAL, _CDNA, smaller=(_CDNA_FEW,)),
+        _CDNA,
+        StackEntry(128, 256, 3, DIAGONAL, _FOUR_WARPS, smaller=(_CDNA_FEW,)),
     ),
-    ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
-    ("gfx942", "exact"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
+    ("gfx942", "high"): (_CDNA,),
+    ("gfx942", "exact"): (_CDNA,),
 }
 
 # Of operands in parts a thread holds two sums of a tile and the parts of x: 207 to 222 registers at 128 columns.

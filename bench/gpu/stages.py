@@ -32,6 +32,11 @@ TESTS = (
 DRY_SMOKE = ("op:low_rank", "case:coupling_stack", "models")
 DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opcheck")
 _SMOKE_DONE = r"\d+ right"
+# How many processes share the checks of a name: where one would compile kernels for longer than the stage lasts.
+SMOKE_PARTS = {
+    **{"op:coupling_stack": 6, "op:conv2d_fused": 3, "op:mlp_coupling": 2, "op:linearizer_stack": 3},
+    **{"case:coupling_stack": 4, "case:linearizer": 4, "case:coupling_flow": 3, "case:conv2d_fused": 3},
+}
 TEST_SECONDS = 45
 FLOWS = ("linearizer", "coupling_flow")  # timed first: the most important cases
 COMPILED = {"linearizer": "64 8 128 1048576", "coupling_flow": "262144"}  # the second call: sizes with these words
@@ -140,11 +145,11 @@ def plan(compile: bool) -> list[Stage]:
         return [environment, compiled, table]
     return [
         environment,
-        Stage("smoke", 60, "smoke.jsonl", _smoke, _AT_ONCE),
-        Stage("tests", 220, "tests.log", _tests, _AT_ONCE),
-        Stage("memcheck", 260, "memcheck.log", _memcheck, 8, _without("compute-sanitizer", "memory is checked")),
-        Stage("bench", 480, "bench.log", _bench),
-        Stage("profile", 535, "bench.log", _profile, problem=_without("ncu", "counters are read")),
+        Stage("smoke", 100, "smoke.jsonl", _smoke, _AT_ONCE),
+        Stage("tests", 235, "tests.log", _tests, _AT_ONCE),
+        Stage("memcheck", 270, "memcheck.log", _memcheck, 8, _without("compute-sanitizer", "memory is checked")),
+        Stage("bench", 490, "bench.log", _bench),
+        Stage("profile", 540, "bench.log", _profile, problem=_without("ncu", "counters are read")),
         table,
     ]
 
@@ -160,8 +165,15 @@ def _module(module: str, *arguments: str) -> list[str]:
 def _smoke(given: Given) -> list[Job]:
     environment = {**given.share, **({} if given.machine.on_gpu else {"TRITON_INTERPRET": "1"})}
     names = [name for name in given.machine.ops if given.machine.on_gpu or name in DRY_SMOKE]
-    slowest_first = sorted(names, key=lambda name: ("stack" not in name, "linearizer" not in name))
-    return [Job(name, _module("tests.gpu.smoke", name), environment, done=_SMOKE_DONE) for name in slowest_first]
+    slowest_first = sorted(names, key=lambda name: -SMOKE_PARTS.get(name, 1))
+    jobs = []
+    for name in slowest_first:
+        for i in range(parts := SMOKE_PARTS.get(name, 1) if given.machine.on_gpu else 1):
+            command = _module("tests.gpu.smoke", name, "--part", f"{i}/{parts}")
+            jobs.append(
+                Job(f"{name} {i + 1}/{parts}" if parts > 1 else name, command, environment, done=_SMOKE_DONE)
+            )
+    return jobs
 
 
 def _tests(given: Given) -> list[Job]:

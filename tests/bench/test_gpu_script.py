@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,9 @@ GIVEN = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], list(CASE
 def test_a_real_call_times_every_case_but_peers_and_the_second_one_the_flagship() -> None:
     for compile, cases in ((False, CASES.keys() - {"peers"}), (True, {"linearizer", "coupling_flow"})):
         jobs = next(stage for stage in plan(compile) if stage.name == "bench").jobs(GIVEN)
-        asked = [parser().parse_args(["cpu" if word == "cuda" else word for word in job.command[3:]]) for job in jobs]
+        asked = [
+            parser().parse_args(["cpu" if word == "cuda" else word for word in job.command[3:]]) for job in jobs
+        ]
         assert sorted(name for args in asked for name in args.case) == sorted(cases)
         timed = {words(size) for args in asked for size in sizes(CASES[args.case[0]], args)}
         for mode in PRECISIONS:
@@ -161,6 +164,16 @@ def test_the_tests_of_a_real_call_exist() -> None:
     paths = [argument for argument in tests.command if argument.startswith("tests/")]
     assert len(paths) > 3
     assert all((ROOT / path).exists() for path in paths)
+
+
+def test_slow_checks_of_a_real_call_are_shared_by_processes() -> None:
+    smoke = next(stage for stage in plan(compile=False) if stage.name == "smoke")
+    names = ["op:low_rank", "op:linearizer_stack"]
+    jobs = smoke.jobs(replace(GIVEN, machine=replace(GIVEN.machine, ops=names)))
+    assert [job.command[-3:] for job in jobs] == [
+        *(["op:linearizer_stack", "--part", f"{i}/3"] for i in range(3)), ["op:low_rank", "--part", "0/1"],
+    ]  # fmt: skip
+    assert len({job.name for job in jobs}) == 4  # a failed job is reported by its name
 
 
 def test_an_unknown_stage_is_reported_and_the_others_run(started, tmp_path: Path) -> None:

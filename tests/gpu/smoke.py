@@ -2,7 +2,8 @@
 
     python -m tests.gpu.smoke op:coupling_stack      small, odd edges: each direction, mode and dtype, gradients
     python -m tests.gpu.smoke case:coupling_stack    sizes that are timed (fewer rows): each direction and mode
-    python -m tests.gpu.smoke models                 streams and accelerated models, captured
+    python -m tests.gpu.smoke models                 streams, densities and accelerated models
+    python -m tests.gpu.smoke op:low_rank --part 1/4 the second quarter of its lines, in turn
 
 The truth is float64 in plain torch. The tolerances are fixed here, far above rounding and far
 below the error of a wrong kernel; exact budgets are in the tests. On a CPU the kernels are interpreted
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -152,7 +154,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.smoke", description=__doc__.partition("\n\n")[0])
     parser.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="of N processes that share the lines, this one"
+    )
     options = parser.parse_args(arguments)
+    part, parts = map(int, options.part.split("/"))
     if ON_GPU:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     else:
@@ -163,7 +169,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # NaN in fresh memory reveals a kernel that does not write all of its output.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    right = [look(name, call) for each in options.names for name, call in lines(each)]
+    right = [
+        look(name, call)
+        for each in options.names
+        for name, call in itertools.islice(lines(each), part, None, parts)
+    ]
     print(f"{sum(right)} right, {len(right) - sum(right)} wrong", flush=True)
     return int(not all(right))
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from linfast.bench.cases import CASES
+from linfast.bench.gpu.stages import SMOKE_PARTS
+from linfast.bench.harness import Verdict
 from torch.utils._pytree import tree_map_only
 
 from linfast.ops import register
@@ -58,6 +60,15 @@ def _returning(launcher: Callable, wrong: Callable) -> Callable:
         return lambda *arguments: tree_map_only(torch.Tensor, wrong, launch(*arguments))
 
     return launch_of
+
+
+def test_processes_share_the_lines_of_a_name(monkeypatch, capsys) -> None:
+    made = [(f"line {i}", lambda: Verdict(0.0, 1.0, None)) for i in range(7)]
+    monkeypatch.setattr(smoke, "lines", lambda name: iter(made))
+    assert [smoke.main(["models", "--part", f"{i}/3"]) for i in range(3)] == [0, 0, 0]
+    out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert sorted(json.loads(line)["smoke"] for line in out) == [name for name, _ in made]
+    assert SMOKE_PARTS.keys() <= {*smoke.NAMES}
 
 
 def test_a_kernel_that_raises_gets_a_line(monkeypatch, capsys) -> None:
