@@ -100,7 +100,9 @@ _multiprocessors = stack_configs._multiprocessors  # as it is outside tests, whi
 def test_tiles_are_for_the_gpus_own_multiprocessors(module, monkeypatch: pytest.MonkeyPatch) -> None:
     """An H100 on PCIe has 114 and not 132; without a GPU the table says how many."""
     monkeypatch.setattr(stack_configs, "_multiprocessors", _multiprocessors)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=114))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=114)
+    )
     on_gpu = SimpleNamespace(device=torch.device("cuda:99"))
     assert module.multiprocessors(on_gpu) == 114
     monkeypatch.setattr(stack_configs, "_target", lambda kind, index: "sm_80")
