@@ -48,7 +48,11 @@ NOT_TIMED = ("peers",)  # coupling_flow against other libraries, at sizes for a 
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
 CASE_SECONDS = {"linearizer": 90}  # after which the benchmark of a case is stopped
 OTHER_SECONDS = 45  # of the other cases
-COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
+COUNTED = {  # one kernel of each, in ncu, at sizes with these words: ncu's report is printed when a process ends
+    "coupling_stack": "forward fast 64 8 128 65536",
+    "linearizer": "forward exact 64 8 128 16384",
+    "affine_coupling": "forward",
+}
 
 
 @dataclass(frozen=True)
@@ -230,11 +234,17 @@ def _profile(given: Given) -> list[Job]:
     jobs = [Job("profile", traced, given.share)]
     if (ncu := which("ncu")) and given.machine.on_gpu:
         ours = f"regex:^({'|'.join(given.machine.kernels)})$"
-        settings = ["--set", "detailed", "--clock-control", "none", "--launch-count", "1"]
+        settings = ["--set", "detailed", "--clock-control", "none", "--launch-count", "1", "--kill", "yes"]
         counted = [ncu, *settings, "--kernel-name", ours]
         jobs += [
-            Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share, limit=20)
-            for case in COUNTED
+            Job(
+                f"ncu {case}",
+                [*counted, *bench, "--check", f"--case={case}", "--only", words],
+                given.share,
+                done=r"\s*Duration\b",
+                limit=20,
+            )
+            for case, words in COUNTED.items()
         ]
     return jobs
 

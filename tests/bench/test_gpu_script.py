@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from linfast.bench.cases import CASES, sizes, words
+from linfast.bench.gpu import stages as gpu_stages
 from linfast.bench.gpu.report import Report
 from linfast.bench.gpu.runner import Job, run_jobs
 from linfast.bench.gpu.stages import MOST_GIB, TOTAL, Given, Machine, plan
@@ -157,6 +159,20 @@ def test_a_real_call_times_every_case_but_peers_and_the_second_one_the_flagship(
         for mode in PRECISIONS:
             assert f"forward {mode} 64 8 128 {2**20}" in timed
     assert len(timed) == 5
+
+
+def test_ncu_ends_the_process_once_it_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its report is printed when the process ends, and would be lost if it were stopped at its limit."""
+    monkeypatch.setattr(gpu_stages, "which", lambda tool: f"/bin/{tool}")
+    _, *counted = gpu_stages._profile(GIVEN)
+    assert len(counted) == len(gpu_stages.COUNTED)
+    for job in counted:
+        assert job.command[job.command.index("--kill") + 1] == "yes"
+        args = parser().parse_args(
+            ["cpu" if w == "cuda" else w for w in job.command[job.command.index("-m") + 2 :]]
+        )
+        assert sizes(CASES[args.case[0]], args)
+        assert re.match(job.done, "    Duration                         us        12.3")
 
 
 def test_the_tests_of_a_real_call_exist() -> None:
