@@ -108,7 +108,8 @@ TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 5e-2}
 @contextlib.contextmanager
 def in_precision(mode: str) -> Iterator[None]:
     """In this block torch's settings select the mode; "" is "exact". See linfast.precision."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    backends: Any = torch.backends  # its type stubs lack one of these settings
+    matmul, convolution = backends.cuda.matmul, backends.cudnn.conv
     before = convolution.fp32_precision
     torch.set_float32_matmul_precision({"high": "high", "tf32": "high", "fast": "medium"}.get(mode, "highest"))
     if mode == "high":

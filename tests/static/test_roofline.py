@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from linfast.bench.cases import CASES
 from linfast.bench.harness import Result, Size
 from linfast.bench.report import json_line
