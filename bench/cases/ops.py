@@ -173,6 +173,7 @@ def _latent_rivals(size: Size, options: Options) -> Mapping[str, Function]:
 
 _ONE: Size = {**FP32, "K": 0, "N": 64, "batch": 4096}
 _BANK: Size = {**_ONE, "K": 8, "batch": 1024}
+_BANKS = ((16, 64, 2**20), (8, 64, 8192), (16, 512, 2**16), (4096, 128, 2**14), (0, 64, 2**20))
 _latent_matmul = op_case(
     "latent_matmul",
     _bank,
@@ -180,9 +181,9 @@ _latent_matmul = op_case(
     lambda size, z: 2 * z.numel() * int(size["N"]),
     tiny=[{**_BANK, "direction": BACKWARD, "K": 3, "N": 8, "batch": 5}],
     quick=[_ONE, _BANK],
-    gpu=[
-        {**_ONE, "N": 1024, "batch": 16384},
-        *grid({**_BANK, "N": 256, "batch": 4096}, direction=BOTH, K=(8, 64)),
+    gpu=[  # those of docs/roofline.md, and a backward
+        *({**_BANK, "K": k, "N": n, "batch": batch} for k, n, batch in _BANKS),
+        {**_BANK, "direction": BACKWARD, "K": 16, "N": 64, "batch": 2**18},
     ],
     full=[*grid(_ONE, batch=(2**6, 2**10, 2**14)), *grid(_BANK, direction=BOTH, K=(2, 8, 64))],
     rivals=_latent_rivals,

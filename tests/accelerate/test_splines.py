@@ -25,7 +25,7 @@ SPLINES = {
     "normflows spline",
     "normflows circular spline",
 }
-SEEDS = 20
+SEEDS = 8
 LONG = 64
 
 
@@ -77,7 +77,7 @@ class Products(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", sorted(SPLINES))
-def test_twenty_draws_of_weights_and_inputs(name):
+def test_draws_of_weights_and_inputs(name):
     """In float32 within twice the original's own error, in float64 the same to 1e-12."""
     kind = KINDS[name]
     for seed in range(SEEDS):

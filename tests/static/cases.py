@@ -27,7 +27,7 @@ _NVIDIA = TARGETS[:3]
 _TWO = ("sm_80", "sm_90")
 _ONE = ("sm_90",)
 _FULL = 1 << 16  # a batch for which every target has a program for each multiprocessor, whatever the tile
-_MANY = 1024  # rows: enough for the backward's larger tile, on the multiprocessors that record.py stands for
+_MANY = 1024  # rows: enough for the backward's larger tile, on the two multiprocessors that record.py gives it
 
 
 @dataclass(frozen=True)
