@@ -32,7 +32,6 @@ from .launch import Tile, ceil_div, needs_int64, power_of_two
 from .masked_steps import activate
 from .math import sigmoid
 from .mlp import activation_form, dot_parts, split
-from .norm_activate import load_columns
 from .row_products import FP16, FP32, Mode
 from .stack_configs import MULTIPROCESSORS, target_of
 
@@ -65,14 +64,20 @@ def _weight(ptr, out, n_out, into, n_into, stride):
 
 
 @triton.jit
+def _columns(ptr, c, inside, otherwise):
+    """Parameters of these columns, fp32."""
+    return tl.load(ptr + c, mask=inside, other=otherwise).to(tl.float32)
+
+
+@triton.jit
 def _read(u, norm_ptr, c, width, eps, NORMS: tl.constexpr, ACTIVATION: tl.constexpr, FORM: tl.constexpr):
     """act(N(u)) of these columns, whose w, s, m and v are at norm_ptr; 0 past the last column."""
     inside = (c < width)[None, :]
     c = c[None, :]
     if NORMS:
-        gain = tl.div_rn(1.0, tl.sqrt_rn(load_columns(norm_ptr + 3 * width, c, inside, 1.0) + eps))
-        u = (u - load_columns(norm_ptr + 2 * width, c, inside, 0.0)) * gain
-        u = u * load_columns(norm_ptr, c, inside, 0.0) + load_columns(norm_ptr + width, c, inside, 0.0)
+        gain = tl.div_rn(1.0, tl.sqrt_rn(_columns(norm_ptr + 3 * width, c, inside, 1.0) + eps))
+        u = (u - _columns(norm_ptr + 2 * width, c, inside, 0.0)) * gain
+        u = u * _columns(norm_ptr, c, inside, 0.0) + _columns(norm_ptr + width, c, inside, 0.0)
     return tl.where(inside, activate(u, ACTIVATION, FORM), 0.0)
 
 
@@ -109,10 +114,10 @@ def _residual_stack_kernel(
             m = first + c
             u = tl.zeros((ROWS, CHUNK), tl.float32)
             u = _add_product(a0, a1, a2, _weight(packed_ptr, m, width, n, width, width), u, PARTS, TYPE)
-            u += load_columns(packed_ptr + width * width, m[None, :], (m < width)[None, :], 0.0)
+            u += _columns(packed_ptr + width * width, m[None, :], (m < width)[None, :], 0.0)
             u0, u1, u2 = _parts(_read(u, norm_ptr + 4 * width, m, width, eps, NORMS, ACTIVATION, FORM), PARTS, TYPE)
             total = _add_product(u0, u1, u2, _weight(second_ptr, n, width, m, width, width), total, PARTS, TYPE)
-        total += load_columns(second_ptr + width * width, n[None, :], (n < width)[None, :], 0.0)
+        total += _columns(second_ptr + width * width, n[None, :], (n < width)[None, :], 0.0)
         if GATES:
             terms_ptr += width
             total *= sigmoid(tl.load(terms_ptr, mask=inside, other=0.0).to(tl.float32), FORM)
@@ -124,7 +129,7 @@ def _residual_stack_kernel(
         is_out = (m < n_out)[None, :]
         out = tl.zeros((ROWS, CHUNK), tl.float32)
         out = _add_product(h0, h1, h2, _weight(packed_ptr, m, n_out, n, width, width), out, PARTS, TYPE)
-        out += load_columns(packed_ptr + n_out * width, m[None, :], is_out, 0.0)
+        out += _columns(packed_ptr + n_out * width, m[None, :], is_out, 0.0)
         at = m.to(tl.int64) if INT64 else m
         if TRANSPOSED:
             to = out_ptr + start + r + at[None, :] * n_batch

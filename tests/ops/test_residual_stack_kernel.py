@@ -112,8 +112,8 @@ def test_a_network_is_one_launch_and_one_that_packs_its_weights(monkeypatch: pyt
             assert _launches(model, monkeypatch) == ["_residual_stack_kernel"]
     with monkeypatch.context() as patch:  # before: the products, and the steps between them, each on its own
         patch.setattr("linfast.ops.residual_network.is_one_launch", lambda *_: False)
-        assert len(_launches(_model(), monkeypatch)) == 12
-        assert len(_launches(_model(blocks=5), monkeypatch)) == 27
+        assert len(_launches(_model(), monkeypatch)) == 11
+        assert len(_launches(_model(blocks=5), monkeypatch)) == 23
 
 
 @pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")
