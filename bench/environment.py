@@ -27,7 +27,8 @@ def describe(device: torch.device) -> Environment:
     ``load`` is the machine's load average over one minute before the run (None on Windows): where it is near or
     above the number of cores, times are not reliable, least of all with several threads. ``clocks``, in MHz, are
     those of a GPU, or the mean over CPU cores; they are read, never set. ``commit`` ends in "-dirty" where the
-    checkout has uncommitted changes, and is None where linfast does not run from a checkout.
+    checkout has uncommitted changes. Where linfast does not run from a checkout, or the checkout was copied without
+    its history, it is what the variable LINFAST_COMMIT says, or None.
     """
     checkout = Path(linfast.__file__).resolve().parent.parent
     name, mhz = processor_name(), lines_after("/proc/cpuinfo", "cpu MHz")
@@ -90,6 +91,6 @@ def _commit(checkout: Path) -> str | None:
     git = ("git", "-C", str(checkout))
     top = command_output(*git, "rev-parse", "--show-toplevel")
     if top is None or Path(top).resolve() != checkout:
-        return None
+        return os.environ.get("LINFAST_COMMIT")
     commit = command_output(*git, "rev-parse", "--short=12", "HEAD")
     return f"{commit}-dirty" if commit and command_output(*git, "status", "--porcelain") else commit

@@ -17,7 +17,7 @@ from linfast.tables import aligned
 from .environment import Environment
 from .harness import CONTROL, Result
 
-OURS = ("eager", "torch.compile", "linfast", "linfast compiled", "accelerated")
+OURS = ("eager", "torch.compile", "linfast", "linfast frozen", "linfast compiled", "accelerated")
 _COLUMNS = (
     *("p20 ms", "p50 ms", "p80 ms", "cpu ms", "x base", "x base cpu", "peak MiB", "copy %", "matmul %"),
     *("first s", "error"),

@@ -21,7 +21,7 @@ from .plots import NAMES, SUFFIXES, draw
 from .report import json_line, table
 from .trace import run_profile
 
-_BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.3, "full": 1.0}
+_BUDGETS = {"tiny": 0.2, "quick": 0.2, "gpu": 0.15, "full": 1.0}
 _PLOTS = "linfast-bench"
 _CALLS = 25  # at least, per provider: the check, two rounds of warm-up, five timed rounds, memory, float64
 _LIMIT = 20.0  # seconds that all calls at one size may take

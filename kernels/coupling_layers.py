@@ -13,17 +13,8 @@ adds its log-scales to its own row of ``sums`` [column tiles, B]: launches run i
 the same bits. h is fp32, in "fast" of the operands' 16-bit dtype, and is in memory for ROWS_AT_A_TIME rows.
 
 Bytes per row: n - 1 times h is written and read, k is read, m read and written. The library path (torch's products,
-activations and affine_coupling, one after another) moves twice as many. For D = 256, H = 512, n = 3 and B = 2^20,
-one coupling on an H100 (0.96 TFLOP; bf16 790, tf32 395, fp32 50 TFLOP/s; memory 3.35 TB/s, L2 5.5 TB/s), in ms:
-
-    mode    library: GB, products, elementwise, sum    fused: GB, memory, matrix, L2, issue   floor   prediction
-    fast    12.9     1.6       2.3          3.9         5.9    1.8     1.2     2.9  0.8          2.9     3.5
-    tf32    22.0     3.2       3.5          6.7        10.2    3.0     2.4     5.5  1.4          5.5     6
-    high    22.0    19.2       3.5         22.8        10.2    3.0     3.7     6.4  2.7          6.4     8
-    exact   as high, with a scale per row of x and 0.7 ms more to issue                       6.4     8
-
-The library's products are the larger of operations and bytes, and its elementwise passes are bytes; the fused floor
-is the largest bound of each launch. L2: a tile reads its rows once per column tile, and W once per 128 rows. Small
+activations and affine_coupling, one after another) moves twice as many. docs/roofline.md has both, for D = 256,
+H = 512. L2, which is the limit: a tile reads its rows once per column tile, and W once per 128 rows. Small
 batches wait for launches: n a coupling here, 2 n in the library, or in "fast" 4 n + 1 with the casts.
 """
 

@@ -30,7 +30,7 @@ from .coupling_layers import launch_layers
 from .launch import ceil_div
 from .math import couple, log_scale
 from .mlp import activation_form, conditioner, load_vector, operand, product
-from .stack_configs import LayersConfig, StackConfig, StackEntry, entry_for, target_of, tiles_for
+from .stack_configs import LayersConfig, StackConfig, StackEntry, entry_for, multiprocessors, target_of, tiles_for
 from .stack_spec import MAP_PARTS, STACK_PARTS, StackSpec, spec_of
 
 
@@ -293,7 +293,7 @@ def stack_options(x: Tensor, *specs: StackSpec) -> dict[str, Any]:
     """Constexpr arguments and num_warps of a launch of one stack, or of a Linearizer's two."""
     target = target_of(x)
     entry, of_tiles = _options_without_x(target, specs)
-    options = of_tiles[entry.config_of(x.shape[0], target)]
+    options = of_tiles[entry.config_of(x.shape[0], multiprocessors(x))]
     form, int64 = activation_form(x, specs[0].precision), reaches_past_int32(x, options["ROWS"])
     return {**options, "FORM": form, "INT64": int64}
 

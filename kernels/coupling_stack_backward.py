@@ -19,7 +19,7 @@ D = 64, H = 128, n = 3, depth 8, B = 2^20 on an H100; counted in the compiled co
 
                                                                      fast            exact
     bytes of L2 per row and layer: S, h and act', d, dW              2.6 3.1 2.8 3.7  4.5 5.6 5.2 5.7 KB
-    of all, at 5.5 TB/s                                              18 ms           32 ms
+    of all, at 5.5 TB/s                                              19 ms           32 ms
     device memory: inputs and gradients of steps 10.5, x, dx and
     dL/dy 0.8, sums of gradients 1.8 KB per row, at 3.35 TB/s        4 ms            4 ms
     products, 122,880 per row and layer with 9% in padding, bf16     2.6 ms          16 ms
@@ -40,9 +40,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .row_products import TYPES
-from .stack_backward_grid import StackPass, grid_of, multiprocessors
+from .stack_backward_grid import StackPass, grid_of
 from .stack_backward_tiles import coupling_backward, coupling_forward, load_tile, map_step, store_tile
-from .stack_configs import target_of
+from .stack_configs import multiprocessors, target_of
 from .stack_spec import spec_of
 
 
@@ -139,7 +139,7 @@ def launch_coupling_stack_backward(
     if x.shape[0] == 0:
         return dx, torch.zeros_like(weights) if needs_weights else None, None, None
     stack, n_steps = StackPass(weights, operands, spec, x.is_cuda), len(spec.steps(weights))
-    tile, programs, run = grid_of(x.shape[0], stack, multiprocessors(x.device.type, x.device.index), target_of(x))
+    tile, programs, run = grid_of(x.shape[0], stack, multiprocessors(x), target_of(x))
     rows, hidden, matrices = tile["ROWS"], (spec.n_linear - 1) * spec.hidden, stack.matrices
     sizes = spec.half + hidden, hidden, 2 * spec.half + hidden
     scratch = [

@@ -37,7 +37,7 @@ from .masked_schedule import LAST, STEP, WAITS, Schedule, schedule_of
 from .masked_spec import ALIGNED, masked_spec_of
 from .masked_steps import columns, hidden, invert, product, store_parts, transform
 from .mlp import activation_form
-from .stack_configs import target_of
+from .stack_configs import multiprocessors, target_of
 from .stack_spec import N_PARTS
 
 _STEP = tl.constexpr(STEP)
@@ -54,7 +54,7 @@ class Tile(NamedTuple):
         num_warps: warps per program.
         units: units per step.
         chunk: columns of W per iteration.
-        programs: on the whole GPU.
+        programs: on a multiprocessor.
         programs_with_more: where there are extras, or values that are added.
         cache: bytes of the cache that holds all programs' scratch.
     """
@@ -76,11 +76,11 @@ _TILE = Tile(rows=64, num_warps=4, units=16, chunk=32, programs=0, programs_with
 # must run at once, as each takes an equal part of the rows: as many as the registers hold in "exact" (on sm_80 152
 # per thread, 226 with extras and adds; on sm_90 126 and 164). Four fifths of the cache are for scratch.
 TILES = {
-    "sm_80": _TILE._replace(programs=3 * 108, programs_with_more=2 * 108, cache=32 << 20),
-    "sm_90": _TILE._replace(programs=4 * 132, programs_with_more=3 * 132, cache=40 << 20),
-    "sm_100": _TILE._replace(programs=4 * 148, programs_with_more=3 * 148, cache=100 << 20),
+    "sm_80": _TILE._replace(programs=3, programs_with_more=2, cache=32 << 20),
+    "sm_90": _TILE._replace(programs=4, programs_with_more=3, cache=40 << 20),
+    "sm_100": _TILE._replace(programs=4, programs_with_more=3, cache=100 << 20),
     # L2 has 4 MB on each of its dies; behind it is a cache of 256 MB.
-    "gfx942": _TILE._replace(programs=4 * 304, programs_with_more=4 * 304, cache=200 << 20),
+    "gfx942": _TILE._replace(programs=4, programs_with_more=4, cache=200 << 20),
 }
 
 
@@ -195,8 +195,7 @@ def launch_masked_autoregressive(
         return y, log_det
     tile = tile_for(x)
     schedule, parts = schedule_of(spec, tile.units, x.device), N_PARTS[spec.precision]
-    programs = _programs(tile, schedule, parts * operands.element_size(), extras is not None or any(spec.adds))
-    programs = min(programs, ceil_div(x.shape[0], tile.rows))
+    programs = _programs(x, tile, schedule, parts * operands.element_size(), extras is not None or any(spec.adds))
     read = operands.new_empty(programs, parts, schedule.n_units, tile.rows)
     values = weights.new_empty(programs, schedule.n_values, tile.rows, dtype=torch.float32)
     _masked_autoregressive_kernel[(programs,)](
@@ -217,8 +216,8 @@ def tile_for(x: Tensor) -> Tile:
     return TILES[target_of(x) or "sm_80"]
 
 
-def _programs(tile: Tile, schedule: Schedule, bytes_per_unit: int, has_more: bool) -> int:
-    """How many programs run at most: as many as the multiprocessors and the cache hold."""
+def _programs(x: Tensor, tile: Tile, schedule: Schedule, bytes_per_unit: int, has_more: bool) -> int:
+    """As many programs as x has tiles, at most what the multiprocessors and the cache hold."""
     scratch = tile.rows * (schedule.n_units * bytes_per_unit + 4 * schedule.n_values)
-    held = tile.programs_with_more if has_more else tile.programs
-    return max(1, min(held, tile.cache // scratch))
+    held = multiprocessors(x) * (tile.programs_with_more if has_more else tile.programs)
+    return min(ceil_div(x.shape[0], tile.rows), max(1, min(held, tile.cache // scratch)))

@@ -10,7 +10,6 @@ SCRATCH_BYTES limits their sum: a deep stack has shorter runs, and where that do
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,9 +106,3 @@ def grid_of(batch: int, stack: StackPass, multiprocessors: int, target: str | No
     tiles = max(1, min(tiles, (SCRATCH_BYTES // programs - fixed) // of_tile))
     programs = max(1, min(programs, SCRATCH_BYTES // (fixed + tiles * of_tile)))
     return Grid(tile, min(programs, ceil_div(batch, tiles * rows)), tiles * rows)
-
-
-@functools.lru_cache(64)
-def multiprocessors(kind: str, index: int | None) -> int:
-    """Those of the GPU; two under Triton's interpreter."""
-    return torch.cuda.get_device_properties(index).multi_processor_count if kind == "cuda" else 2

@@ -14,6 +14,7 @@ for Triton 3.6 and 3.7.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ class StackConfig:
     chunk_stages: int
 
 
-# Of an A100, an H100 or H200, a B200 and an MI300X.
+# Of an A100, an H100 or H200, a B200 and an MI300X: for the interpreter, and where code is compiled without a GPU.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148, "gfx942": 304}
 
 # Tiles for small batches: fewer rows per program, so that more multiprocessors work. Then one program's chain of
@@ -86,17 +87,17 @@ class StackEntry:
     linearizer: bool = True
     smaller: tuple[StackConfig, ...] = (_FEW,)
 
-    def config_of(self, batch: int, target: str | None) -> StackConfig:
+    def config_of(self, batch: int, multiprocessors: int) -> StackConfig:
         """The tile of the fewest rows with at most one program per multiprocessor; ``config`` where none has."""
         for config in self.smaller:
-            if batch <= config.rows * MULTIPROCESSORS.get(target or "", 0):
+            if batch <= config.rows * multiprocessors:
                 return config
         return self.config
 
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """A program's tile where each linear layer is a launch, at every batch.
+    """A program's tile where each linear layer is a launch; the same for every batch.
 
     Args:
         columns: of a hidden layer's output per program.
@@ -113,10 +114,6 @@ class LayersConfig:
     stages: int = 3
     rows: int = 128
     num_warps: int = 8
-
-    def config_of(self, batch: int, target: str | None) -> LayersConfig:
-        """As StackEntry's."""
-        return self
 
 
 # All weights of a layer are in shared memory (57 KB in bf16 at D = 64, H = 128, 115 KB in two parts) while the
@@ -140,8 +137,12 @@ _NARROW = StackConfig(rows=32, num_warps=8, chunk=32, layer_stages=1, chunk_stag
 _FOUR_WARPS = StackConfig(rows=64, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 _NARROW_FOUR = StackConfig(rows=32, num_warps=4, chunk=32, layer_stages=1, chunk_stages=2)
 # On gfx942 they are waves of 64 threads, with 512 registers per thread.
-_CDNA = _FOUR_WARPS
+_CDNA = StackEntry(64, 128, 4, DENSE, _FOUR_WARPS, smaller=(_CDNA_FEW,))
 
+_FAST_WHOLE = (
+    StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
+    StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
+)
 # Operands in two parts: "high", and "exact" with scales.
 _TWO_PARTS_80 = (StackEntry(64, 128, 3, DIAGONAL, _FOUR_WARPS), StackEntry(64, 128, 4, DENSE, _NARROW_FOUR))
 _TWO_PARTS_90 = (
@@ -164,8 +165,7 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_80", "high"): _TWO_PARTS_80,
     ("sm_80", "exact"): _TWO_PARTS_80,
     ("sm_90", "fast"): (
-        StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
+        *_FAST_WHOLE,
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 4, DIAGONAL, _WIDE),
         StackEntry(128, 256, 4, DENSE, _NARROW),
@@ -174,13 +174,12 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
         StackEntry(64, 128, 3, DIAGONAL, _TALL, smaller=(_FEW, _WIDE)),
         StackEntry(64, 128, 4, DENSE, _WIDE),
         StackEntry(128, 256, 3, NO_MAPS, _WIDE_16, linearizer=False),
-        StackEntry(128, 256, 4, DENSE, _NARROW),
+        StackEntry(128, 256, 4, DENSE, _NARROW, linearizer=False),  # two launches take less: docs/roofline.md
     ),
     ("sm_90", "high"): _TWO_PARTS_90,
     ("sm_90", "exact"): _TWO_PARTS_90,
     ("sm_100", "fast"): (
-        StackEntry(64, 128, 3, DIAGONAL, _AHEAD, smaller=(_FEW_WHOLE, _HALF_AHEAD)),
-        StackEntry(64, 128, 4, DIAGONAL, _WHOLE, smaller=(_FEW_WHOLE, _HALF_WHOLE)),
+        *_FAST_WHOLE,
         StackEntry(64, 128, 4, DENSE, _WIDE, linearizer=False),
         StackEntry(128, 256, 4, DENSE, _NARROW),
     ),
@@ -191,11 +190,11 @@ CONFIGS: dict[tuple[str, str], tuple[StackEntry, ...]] = {
     ("sm_100", "high"): _TWO_PARTS_100,
     ("sm_100", "exact"): _TWO_PARTS_100,
     ("gfx942", "fast"): (
-        StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),
-        StackEntry(128, 256, 3, DIAGONAL, _CDNA, smaller=(_CDNA_FEW,)),
+        _CDNA,
+        StackEntry(128, 256, 3, DIAGONAL, _FOUR_WARPS, smaller=(_CDNA_FEW,)),
     ),
-    ("gfx942", "high"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
-    ("gfx942", "exact"): (StackEntry(64, 128, 4, DENSE, _CDNA, smaller=(_CDNA_FEW,)),),
+    ("gfx942", "high"): (_CDNA,),
+    ("gfx942", "exact"): (_CDNA,),
 }
 
 # Of operands in parts a thread holds two sums of a tile and the parts of x: 207 to 222 registers at 128 columns.
@@ -247,6 +246,20 @@ def _target(kind: str, index: int | None) -> str | None:
         name = torch.cuda.get_device_properties(index).gcnArchName
         return "gfx942" if name.startswith("gfx942") else None
     return _TARGETS.get(torch.cuda.get_device_capability(index))
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Those of x's GPU; without a GPU those of the one whose tiles Triton's interpreter runs."""
+    return _multiprocessors(x.device.type, x.device.index)
+
+
+def _multiprocessors(kind: str, index: int | None) -> int:
+    return _of_gpu(index) if kind == "cuda" else MULTIPROCESSORS[_target(kind, index) or ""]
+
+
+@functools.lru_cache(64)
+def _of_gpu(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
 
 
 # As torch.compiler.assume_constant_result marks it, but without importing Dynamo.

@@ -74,6 +74,11 @@ def is_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is tracing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable | None:
     """A key of all that the code to run depends on, besides the model; None where the choice must not be cached."""
     if has_global_hook() or any(isinstance(value, Tensor) for value in context.values()):

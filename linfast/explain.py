@@ -22,7 +22,7 @@ from .flows.match import match
 from .flows.mix import Householder, Mix
 from .flows.segments import Couplings, Folded, OneLaunch, Single
 from .flows.splines import SplineCoupling
-from .kernels.stack_configs import LayersConfig, target_of
+from .kernels.stack_configs import LayersConfig, StackConfig, multiprocessors, target_of
 from .linearizer import Linearizer
 from .match import LinearizerLaunch, match_linearizer, unwrap
 from .nets import MLP
@@ -135,10 +135,11 @@ def _one_launch(part: str, launch: OneLaunch | LinearizerLaunch, x: Tensor) -> C
         op, g, spec, what = "linearizer_stack", launch.g_x, launch.spec_x, "g_x, A and the inverse of g_y"
     hidden = max(weight.shape[0] for layer in g.layers for weight in layer.weights[:-1] or layer.weights)
     sizes, target = f"D = {x.shape[1]}, H = {hidden}", target_of(x)
-    tile = launch.tiles.config_of(x.shape[0], target)
-    if isinstance(tile, LayersConfig):
+    if isinstance(launch.tiles, LayersConfig):
+        tile: StackConfig | LayersConfig = launch.tiles
         why = f"{what}, one launch per linear layer: {sizes} are too large for a single one on {target}"
     else:
+        tile = launch.tiles.config_of(x.shape[0], multiprocessors(x))
         why = f"{what} in one launch: {sizes} fit on {target}"
     return Choice(part, op, f"{tile.rows} rows, {tile.num_warps} warps", spec.precision, why)
 

@@ -52,7 +52,7 @@ def _one_multiprocessor():
     holds. More run on the entry's full tile, on which a GPU runs thousands of rows.
     """
     # Not by the test's own monkeypatch: made before other fixtures, it would undo what a test sets after they end.
-    with mock.patch.dict(stack_configs.MULTIPROCESSORS, dict.fromkeys(stack_configs.MULTIPROCESSORS, 1)):
+    with mock.patch.object(stack_configs, "_multiprocessors", return_value=1):
         yield
 
 

@@ -2,7 +2,7 @@
 
     python -m tests.machines                          every setting times seeds 0 to 9, and the ten tightest tests
     python -m tests.machines --setting default --seeds 0 1
-    python -m tests.machines --random                 one setting and one seed but 0, as CI takes them
+    python -m tests.machines --random                 one setting, one seed but 0 and half of the files, as in CI
 
 Seed 0, which is pytest's, runs every test; other seeds leave out those that compile, export or check how an op is
 registered, which draw no random numbers. A run fails where a test fails; the matrix also fails where a test exceeds
@@ -12,6 +12,7 @@ registered, which draw no random numbers. A run fails where a test fails; the ma
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -62,13 +63,13 @@ class Run:
         return max(self.margins.values(), default=0.0)
 
 
-def run(setting: str, seed: int) -> Run:
-    """Run the tests in one process."""
+def run(setting: str, seed: int, tests: Sequence[str] = TESTS) -> Run:
+    """Run these tests in one process."""
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         margins = Path(folder) / "margins.json"
         changed = {"LINFAST_TEST_SEED": str(seed), **_BYTECODE, **SETTINGS[setting]}
-        command = [sys.executable, "-m", "pytest", *TESTS, "-p", "tests.margins", "--margins", str(margins)]
+        command = [sys.executable, "-m", "pytest", *tests, "-p", "tests.margins", "--margins", str(margins)]
         command += ["-o", "enable_assertion_pass_hook=true", "--tb=short", "-rfE"]
         command += ["-k", f"not ({_SAME_FOR_EVERY_SEED})"] if seed else []
         done = subprocess.run(command, cwd=ROOT, env=os.environ | changed, capture_output=True, text=True)
@@ -78,6 +79,12 @@ def run(setting: str, seed: int) -> Run:
     if done.returncode and not failed:
         failed = [f"pytest ended with status {done.returncode}"]
     return Run(setting, seed, lines[-1].strip("= "), failed, time.monotonic() - start, measured)
+
+
+def half_of_the_files() -> list[str]:
+    """Of the tests, chosen at random."""
+    files = [str(path.relative_to(ROOT)) for folder in TESTS for path in sorted((ROOT / folder).glob("test_*.py"))]
+    return sorted(random.SystemRandom().sample(files, (len(files) + 1) // 2))
 
 
 def tightest(runs: Sequence[Run]) -> list[tuple[float, str, Run]]:
@@ -95,15 +102,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.machines", description=__doc__.partition("\n\n")[0])
     parser.add_argument("--setting", action="append", choices=SETTINGS, help="default: all of them")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="default: 0 to 9")
-    parser.add_argument("--random", action="store_true", help="one of the settings and one of the seeds but 0")
+    parser.add_argument("--random", action="store_true", help="one setting, one seed but 0, half of the files")
     options = parser.parse_args(arguments)
     pairs = [(setting, seed) for setting in options.setting or SETTINGS for seed in options.seeds]
+    tests: Sequence[str] = TESTS
     if options.random:
+        tests = half_of_the_files()
         pairs = [random.SystemRandom().choice([pair for pair in pairs if pair[1]] or pairs)]
-        print(f"setting {pairs[0][0]!r}, seed {pairs[0][1]}", flush=True)
+        print(f"setting {pairs[0][0]!r}, seed {pairs[0][1]}, {' '.join(tests)}", flush=True)
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         runs = []
-        for done in pool.map(run, *zip(*pairs, strict=True)):
+        for done in pool.map(functools.partial(run, tests=tests), *zip(*pairs, strict=True)):
             runs.append(done)
             print(f"{done.setting}, seed {done.seed}: {done.summary}; tightest {done.tightest:.2f}", flush=True)
             print("".join(f"    {test}\n" for test in done.failed), end="", flush=True)

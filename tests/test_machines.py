@@ -30,8 +30,7 @@ def test_compiles_whole():
 def test_a_run_measures_every_comparison_and_names_what_fails(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "test_two.py").write_text(_TESTS)
     monkeypatch.setattr(machines, "_BYTECODE", {})  # torch's, which is there
-    monkeypatch.setattr(machines, "TESTS", (str(tmp_path / "test_two.py"), "-p", "no:xdist"))
-    run = machines.run("default", 1)
+    run = machines.run("default", 1, (str(tmp_path / "test_two.py"), "-p", "no:xdist"))
     assert [name.partition(" ")[0].rpartition("::")[2] for name in run.failed] == ["test_red"]
     assert run.summary.startswith("1 failed, 1 passed")
     ((test, margin),) = run.margins.items()
@@ -64,11 +63,14 @@ def test_the_tightest_are_listed_in_their_worst_run() -> None:
 )
 def test_when_the_matrix_fails(run: Run, arguments: tuple[str, ...], status: int, monkeypatch, capsys) -> None:
     called = []
-    monkeypatch.setattr(machines, "run", lambda setting, seed: (called.append((setting, seed)), run)[1])
+    monkeypatch.setattr(machines, "run", lambda *given, tests: (called.append((*given, tests)), run)[1])
     assert main(arguments) == status
     assert len(called) == (1 if arguments else len(machines.SETTINGS) * len(machines.SEEDS))
     out = capsys.readouterr().out
     assert all(test in out for test in run.failed)
     if arguments:
         assert called[0][1] != 0
-        assert out.startswith(f"setting {called[0][0]!r}, seed {called[0][1]}\n")
+        setting, seed, tests = called[0]
+        assert out.startswith(f"setting {setting!r}, seed {seed}, {' '.join(tests)}\n")
+        files = [str(path) for folder in machines.TESTS for path in Path(folder).glob("test_*.py")]
+        assert len(files) - 1 <= 2 * len({*tests} & {*files}) == 2 * len(tests) <= len(files) + 1

@@ -5,8 +5,9 @@ Most cases are one op: ``op_case`` makes them from a function that draws argumen
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,9 @@ from ..rounding import has_kernels
 from ..timing import as_tuple
 
 FORWARD, INVERSE, BACKWARD, TRAIN = "forward", "inverse", "forward+backward", "training step"
+BOTH = (FORWARD, BACKWARD)
+DTYPES = ("float32", "bfloat16")
+FP32: Size = {"direction": FORWARD, "dtype": "float32"}
 Call = Callable[..., tuple[Tensor, ...]]
 Function = Callable[..., Any]  # of tensors, to Outputs
 _Made = TypeVar("_Made")
@@ -47,6 +51,11 @@ class Source:
         """A standard normal tensor of this shape."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
 
+    def image(self, size: Size) -> Tensor:
+        """Standard normal images with C (or D) channels and ``side`` x ``side`` pixels; ``side`` 1 is a vector."""
+        batch, channels, side = ints(size, "batch", "C" if "C" in size else "D", "side")
+        return self.normal(batch, channels, *([side, side] if side != 1 else []))
+
     def below(self, count: int, n: int) -> Tensor:
         """``n`` whole numbers in [0, count)."""
         return torch.randint(count, (n,), generator=self.generator, device=self.device)
@@ -71,25 +80,55 @@ def providers(function: Function, options: Options, call: Callable[[Function], C
 
     On a CPU the ops run their eager references: "eager" is then linfast, which is not timed twice.
     """
-    kernels = ["triton"] if options.kernels else ["auto"] if has_kernels(options.device) else []
+    kernels = kernel_backend(options)
     if options.compile:
         torch.compiler.reset()  # else the recompile limit, counted over all sizes, falls back to eager
     result = []
-    for backend in ["reference", *kernels]:
+    for backend in filter(None, ("reference", kernels)):
         names = ("eager", "torch.compile") if backend == "reference" else ("linfast", "linfast compiled")
-        result.append(Provider(names[0], _under(backend, call(function)), baseline=names[0] == "eager"))
+        result.append(Provider(names[0], under(backend, call(function)), baseline=names[0] == "eager"))
         if options.compile:
             compiled = torch.compile(function, dynamic=False, fullgraph=True)
-            result.append(Provider(names[1], _under(backend, call(compiled))))
+            result.append(Provider(names[1], under(backend, call(compiled))))
     return result
 
 
-def _under(backend: str, call: Call) -> Call:
+def kernel_backend(options: Options) -> str | None:
+    """The backend that runs linfast's kernels; None where there are none."""
+    return "triton" if options.kernels else "auto" if has_kernels(options.device) else None
+
+
+def under(backend: str, call: Call) -> Call:
+    """The call on this backend."""
+
     def chosen(*arguments: Tensor) -> tuple[Tensor, ...]:
         with lf.backend(backend):
             return call(*arguments)
 
     return chosen
+
+
+# Relative L2, far above rounding and far below the error of a wrong kernel. One rounding of an operand is 2^-24
+# (2^-22 in stacks), 2^-17, 2^-11 or 2^-9.
+TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fast": 5e-2}
+
+
+@contextlib.contextmanager
+def in_precision(mode: str) -> Iterator[None]:
+    """In this block torch's settings select the mode; "" is "exact". See linfast.precision."""
+    backends: Any = torch.backends  # its type stubs lack one of these settings
+    matmul, convolution = backends.cuda.matmul, backends.cudnn.conv
+    before = convolution.fp32_precision
+    torch.set_float32_matmul_precision({"high": "high", "tf32": "high", "fast": "medium"}.get(mode, "highest"))
+    if mode == "high":
+        matmul.fp32_precision = "ieee"
+    convolution.fp32_precision = "tf32" if mode in ("tf32", "fast") else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision("highest")
+        convolution.fp32_precision = before
 
 
 def run(direction: str, weights: Sequence[Tensor] = ()) -> Callable[[Function], Call]:

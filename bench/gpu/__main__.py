@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where linfast is not installed, linfast.kernels, .bench and .examples exist only through these links.
 FOLDERS = ("kernels", "bench", "examples")
 LINKS = {ROOT / "linfast" / name: Path("..") / name for name in FOLDERS}
+DRY_PATIENCE = 10  # a CPU may be slow or busy: there limits are so many times as long
 MISSING = {
     **dict.fromkeys(("torch", "numpy", "safetensors"), "nothing runs"),
     "triton": "no kernel runs",
@@ -57,7 +58,9 @@ class Call:
         jobs = stage.jobs(self.given) if machine.cases or stage.name == "environment" else []
         if not jobs:
             return "nothing to do here" if machine.cases else "nothing to do: the environment is not known"
-        seconds = stage.until - report.seconds()
+        patience = DRY_PATIENCE if self.dry else 1
+        seconds = patience * stage.until - report.seconds()
+        jobs = [replace(job, limit=patience * job.limit) for job in jobs]
         failed = run_jobs(jobs, at_once, seconds, lambda line: self._take(stage, line, entry), report.write)
         took = f"{report.seconds() - entry.start:.0f} s"
         reasons = {why: [name for name in failed if failed[name] == why] for why in failed.values()}

@@ -32,13 +32,27 @@ TESTS = (
 DRY_SMOKE = ("op:low_rank", "case:coupling_stack", "models")
 DRY_TESTS = ("tests/ops/test_low_rank_kernel.py", "-k", "half_precision or opcheck")
 _SMOKE_DONE = r"\d+ right"
+# How many processes share the checks of a name: where one would compile kernels for longer than the stage lasts.
+SMOKE_PARTS = {
+    **{"op:coupling_stack": 6, "op:conv2d_fused": 3, "op:mlp_coupling": 2, "op:linearizer_stack": 3},
+    **{"case:coupling_stack": 4, "case:linearizer": 4, "case:coupling_flow": 3, "case:conv2d_fused": 3},
+}
 TEST_SECONDS = 45
-FLOWS = ("coupling_flow", "linearizer")  # timed first: the most important cases
-NEXT = ("libraries", "streams", "coupling_stack", "masked_autoregressive", "rq_spline", "conv2d_fused")
+FLOWS = ("linearizer", "coupling_flow")  # timed first: the most important cases
+COMPILED = {"linearizer": "64 8 128 1048576", "coupling_flow": "262144"}  # the second call: sizes with these words
+NEXT = (
+    *("density", "residual_mlp", "coupling_stack", "rq_spline", "masked_autoregressive", "streams", "libraries"),
+    *("latent_matmul", "conv2d_fused"),
+)
 NOT_TIMED = ("peers",)  # coupling_flow against other libraries, at sizes for a CPU
 PROFILED = ("affine_coupling", "group_norm_silu", "coupling_flow")
-CASE_SECONDS = 60  # after which the benchmark of one case is stopped
-COUNTED = ("coupling_stack", "linearizer", "affine_coupling")  # one kernel of each, in ncu
+CASE_SECONDS = {"linearizer": 90}  # after which the benchmark of a case is stopped
+OTHER_SECONDS = 45  # of the other cases
+COUNTED = {  # one kernel of each, in ncu, at sizes with these words: ncu's report is printed when a process ends
+    "coupling_stack": "forward fast 64 8 128 65536",
+    "linearizer": "forward exact 64 8 128 16384",
+    "affine_coupling": "forward",
+}
 
 
 @dataclass(frozen=True)
@@ -131,15 +145,15 @@ def plan(compile: bool) -> list[Stage]:
     environment = Stage("environment", 30, "environment.txt", lambda given: probe)
     table = Stage("table", 170 if compile else TOTAL, "bench.log", _table)
     if compile:
-        compiled = Stage("bench", 155, "bench.log", lambda given: _cases(given, FLOWS, 120, "--compile"))
+        compiled = Stage("bench", 155, "bench.log", lambda given: _cases(given, FLOWS, "--compile"))
         return [environment, compiled, table]
     return [
         environment,
-        Stage("smoke", 60, "smoke.jsonl", _smoke, _AT_ONCE),
-        Stage("tests", 220, "tests.log", _tests, _AT_ONCE),
-        Stage("memcheck", 260, "memcheck.log", _memcheck, 8, _without("compute-sanitizer", "memory is checked")),
-        Stage("bench", 480, "bench.log", _bench),
-        Stage("profile", 535, "bench.log", _profile, problem=_without("ncu", "counters are read")),
+        Stage("smoke", 100, "smoke.jsonl", _smoke, _AT_ONCE),
+        Stage("tests", 235, "tests.log", _tests, _AT_ONCE),
+        Stage("memcheck", 270, "memcheck.log", _memcheck, 8, _without("compute-sanitizer", "memory is checked")),
+        Stage("bench", 490, "bench.log", _bench),
+        Stage("profile", 540, "bench.log", _profile, problem=_without("ncu", "counters are read")),
         table,
     ]
 
@@ -155,8 +169,15 @@ def _module(module: str, *arguments: str) -> list[str]:
 def _smoke(given: Given) -> list[Job]:
     environment = {**given.share, **({} if given.machine.on_gpu else {"TRITON_INTERPRET": "1"})}
     names = [name for name in given.machine.ops if given.machine.on_gpu or name in DRY_SMOKE]
-    slowest_first = sorted(names, key=lambda name: ("stack" not in name, "linearizer" not in name))
-    return [Job(name, _module("tests.gpu.smoke", name), environment, done=_SMOKE_DONE) for name in slowest_first]
+    slowest_first = sorted(names, key=lambda name: -SMOKE_PARTS.get(name, 1))
+    jobs = []
+    for name in slowest_first:
+        for i in range(parts := SMOKE_PARTS.get(name, 1) if given.machine.on_gpu else 1):
+            command = _module("tests.gpu.smoke", name, "--part", f"{i}/{parts}")
+            jobs.append(
+                Job(f"{name} {i + 1}/{parts}" if parts > 1 else name, command, environment, done=_SMOKE_DONE)
+            )
+    return jobs
 
 
 def _tests(given: Given) -> list[Job]:
@@ -187,21 +208,23 @@ def _bench(given: Given) -> list[Job]:
     """The benchmark cases, the most important first."""
     first = (*FLOWS, *NEXT)
     rest = [case for case in given.machine.cases if case not in (*first, *NOT_TIMED)]
-    return _cases(given, (*first, *rest), CASE_SECONDS, "--no-compile")
+    return _cases(given, (*first, *rest), "--no-compile")
 
 
-def _cases(given: Given, cases: Sequence[str], limit: float, *options: str) -> list[Job]:
+def _cases(given: Given, cases: Sequence[str], compile: str) -> list[Job]:
     """One process per case, so that a crash or a hang loses only this case.
 
     A process that has printed its last lines, which explain its columns, has succeeded, whatever its exit status.
     """
     sizes = ["--sizes", "gpu"] if given.machine.on_gpu else ["--sizes", "tiny", "--budget", "0.02"]
-    options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", *options)
-    return [
-        Job(case, _module("linfast.bench", *options, f"--case={case}"), given.share, done="x base:", limit=limit)
-        for case in cases
-        if case in given.machine.cases
-    ]
+    options = ("--device", given.machine.device, *sizes, "--json", "/dev/stdout", compile)
+    jobs = []
+    for case in (case for case in cases if case in given.machine.cases):
+        few = ("--only", COMPILED[case]) if compile == "--compile" and given.machine.on_gpu else ()
+        command = _module("linfast.bench", *options, f"--case={case}", *few)
+        limit = CASE_SECONDS.get(case, OTHER_SECONDS)
+        jobs.append(Job(case, command, given.share, done="x base:", limit=limit))
+    return jobs
 
 
 def _profile(given: Given) -> list[Job]:
@@ -211,11 +234,17 @@ def _profile(given: Given) -> list[Job]:
     jobs = [Job("profile", traced, given.share)]
     if (ncu := which("ncu")) and given.machine.on_gpu:
         ours = f"regex:^({'|'.join(given.machine.kernels)})$"
-        settings = ["--set", "detailed", "--clock-control", "none", "--launch-count", "1"]
+        settings = ["--set", "detailed", "--clock-control", "none", "--launch-count", "1", "--kill", "yes"]
         counted = [ncu, *settings, "--kernel-name", ours]
         jobs += [
-            Job(f"ncu {case}", [*counted, *bench, "--check", f"--case={case}"], given.share, limit=20)
-            for case in COUNTED
+            Job(
+                f"ncu {case}",
+                [*counted, *bench, "--check", f"--case={case}", "--only", words],
+                given.share,
+                done=r"\s*Duration\b",
+                limit=20,
+            )
+            for case, words in COUNTED.items()
         ]
     return jobs
 

@@ -31,7 +31,7 @@ from ..ops.activations import ACTIVATIONS
 from ..ops.affine_coupling import HALVES
 from ..ops.coupling_stack import stack_spec
 from ..ops.plain_couplings import PlainCoupling
-from ..ops.stack_weights import PackedStack, StackWeights, pack_stacks
+from ..ops.stack_weights import PackedStack, pack_stack
 from ..precision import half_dtype, resolve_precision
 from ..residual_net import ResidualMLP, shared_context
 from ..rows import by_rows, rows_at_once
@@ -174,7 +174,7 @@ def _one_launch(
     g, half = stack.weights(inverse, log_det), half_dtype(x)
 
     def pack() -> PackedStack:
-        return pack_stacks([StackWeights(g.layers, x.shape[1], g.head, inverse)], precision, half)[0]
+        return pack_stack(g.layers, x.shape[1], inverse=inverse, precision=precision, dtype=half, head=g.head)
 
     key = "packed", inverse, precision, half, *context.items()  # a time is folded into the weights
     packed = derived(layers, key, pack) if frozen else pack()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from ..checks import check_choice, check_factor, check_flag, check_kind, check_tensor
 from ..dispatch import autocast_dtype, records_gradients, uses_triton, without_autocast
-from ..kernels.stack_configs import entry_for, mode_on, target_of, tiles_for
+from ..kernels.stack_configs import mode_on, target_of, tiles_for
 from ..kernels.stack_spec import DENSE, StackLayout, StackSpec, schema_of
 from ..precision import half_dtype, resolve_precision
 from ..scale_maps import SCALE_MAP_KINDS, ScaleMap
@@ -80,12 +80,13 @@ def coupling_stack(
     check(x, g, packed)
     check_flag("inverse", inverse)
     check_flag("log_det", log_det)
-    precision = mode_on(target_of(x), resolve_precision(x, precision))
+    target = target_of(x)
+    precision = mode_on(target, resolve_precision(x, precision))
     if uses_triton(x, *layers[0].weights):
         weights = StackWeights(layers, x.shape[1], head, inverse)
         tensors = [t for layer in layers for t in (*layer.weights, *layer.biases)]
-        gradients = records_gradients(x, *tensors)
-        if not has_tile(x, weights.layout, weights.layout.maps, precision, gradients=gradients):
+        layout, gradients = weights.layout, records_gradients(x, *tensors)
+        if tiles_for(x.shape[1], layout.hidden, layout.n_linear, precision, target, layout.maps, gradients) is None:
             packed = None
         elif packed is None:
             (packed,) = pack_stacks([weights], precision, half_dtype(x))
@@ -120,19 +121,6 @@ def mlp_coupling(
         x, [CouplingLayer(weights, biases, layout)], activation=activation, scale_map=scale_map, order=order,
         moves=moves, inverse=inverse, log_det=log_det, precision=precision,
     )  # fmt: skip
-
-
-def has_tile(
-    x: Tensor, layout: StackLayout, maps: int, precision: str, linearizer: bool = False, gradients: bool = False
-) -> bool:
-    """Whether fused kernels run a stack, or one launch a Linearizer of two; ``maps`` is the densest kind of map.
-
-    ``gradients``: whether a stack's are required, which matters for sizes past one launch.
-    """
-    sizes = (layout.features, layout.hidden, layout.n_linear)
-    if linearizer:
-        return entry_for(*sizes, precision, target_of(x), maps, linearizer) is not None
-    return tiles_for(*sizes, precision, target_of(x), maps, gradients) is not None
 
 
 def stack_spec(g: CouplingStack, layout: StackLayout, inverse: bool, log_det: bool, precision: str) -> StackSpec:

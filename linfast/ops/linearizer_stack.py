@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ..checks import check_kind, check_number, check_tensor
 from ..dispatch import uses_triton
-from ..kernels.stack_configs import mode_on, target_of
+from ..kernels.stack_configs import entry_for, mode_on, target_of
 from ..kernels.stack_spec import StackSpec, schema_of, specs_of
 from ..precision import half_dtype, resolve_precision
-from .coupling_stack import CouplingStack, check, coupling_stack, has_tile, raw_forward, stack_spec
+from .coupling_stack import CouplingStack, check, coupling_stack, raw_forward, stack_spec
 from .register import define_op
 from .stack_weights import AffineMap, PackedStack, StackWeights, pack_stacks
 
@@ -108,7 +108,8 @@ def pack_linearizer(
     layout_x, layout_y = stacks[0].layout, stacks[-1 if len(stacks) == 3 else 0].layout
     if (layout_x.n_linear, layout_x.hidden) != (layout_y.n_linear, layout_y.hidden):
         return None
-    if not has_tile(x, layout_x, max(layout_x.maps, layout_y.maps), precision, linearizer=True):
+    maps = max(layout_x.maps, layout_y.maps)
+    if entry_for(D, layout_x.hidden, layout_x.n_linear, precision, target_of(x), maps, linearizer=True) is None:
         return None
     if packed is None:
         packed_x, core, *packed_y = pack_stacks(stacks, precision, half_dtype(x))

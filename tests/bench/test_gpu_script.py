@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from linfast.bench.cases import CASES, sizes, words
+from linfast.bench.gpu import stages as gpu_stages
 from linfast.bench.gpu.report import Report
 from linfast.bench.gpu.runner import Job, run_jobs
 from linfast.bench.gpu.stages import MOST_GIB, TOTAL, Given, Machine, plan
 from linfast.bench.run import parser
+
+from linfast.precision import PRECISIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBE = {"ops": ["op:low_rank", "models"], "cases": ["coupling_flow", "linearizer", "low_rank"]}
@@ -112,7 +118,7 @@ def test_every_stage_has_its_turn_and_its_line(started, tmp_path: Path) -> None:
     assert len(files) <= 8
     assert [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()] == 3 * [RESULT]
     benches = [parser().parse_args(line[2:]) for line in noted if line[:2] == ["-m", "linfast.bench"]]
-    assert [args.case for args in benches if args.json] == [["coupling_flow"], ["linearizer"], ["low_rank"]]
+    assert [args.case for args in benches if args.json] == [["linearizer"], ["coupling_flow"], ["low_rank"]]
     [tests] = [line for line in noted if line[:2] == ["-m", "pytest"]]
     assert all((ROOT / argument).exists() for argument in tests if argument.startswith("tests/"))
 
@@ -139,12 +145,51 @@ def test_a_dry_run_of_the_cheap_stages(tmp_path: Path) -> None:
     assert len(list(out.iterdir())) <= 8
 
 
+GIVEN = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], list(CASES)), {}, Path(), Path())
+
+
+def test_a_real_call_times_every_case_but_peers_and_the_second_one_the_flagship() -> None:
+    for compile, cases in ((False, CASES.keys() - {"peers"}), (True, {"linearizer", "coupling_flow"})):
+        jobs = next(stage for stage in plan(compile) if stage.name == "bench").jobs(GIVEN)
+        asked = [
+            parser().parse_args(["cpu" if word == "cuda" else word for word in job.command[3:]]) for job in jobs
+        ]
+        assert sorted(name for args in asked for name in args.case) == sorted(cases)
+        timed = {words(size) for args in asked for size in sizes(CASES[args.case[0]], args)}
+        for mode in PRECISIONS:
+            assert f"forward {mode} 64 8 128 {2**20}" in timed
+    assert len(timed) == 5
+
+
+def test_ncu_ends_the_process_once_it_has_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its report is printed when the process ends, and would be lost if it were stopped at its limit."""
+    monkeypatch.setattr(gpu_stages, "which", lambda tool: f"/bin/{tool}")
+    _, *counted = gpu_stages._profile(GIVEN)
+    assert len(counted) == len(gpu_stages.COUNTED)
+    for job in counted:
+        assert job.command[job.command.index("--kill") + 1] == "yes"
+        args = parser().parse_args(
+            ["cpu" if w == "cuda" else w for w in job.command[job.command.index("-m") + 2 :]]
+        )
+        assert sizes(CASES[args.case[0]], args)
+        assert re.match(job.done, "    Duration                         us        12.3")
+
+
 def test_the_tests_of_a_real_call_exist() -> None:
-    given = Given(Machine("cuda", "a card", 79, 78, True, ["op:low_rank"], ["coupling_flow"]), {}, Path(), Path())
-    [tests] = next(stage for stage in plan(compile=False) if stage.name == "tests").jobs(given)
+    [tests] = next(stage for stage in plan(compile=False) if stage.name == "tests").jobs(GIVEN)
     paths = [argument for argument in tests.command if argument.startswith("tests/")]
     assert len(paths) > 3
     assert all((ROOT / path).exists() for path in paths)
+
+
+def test_slow_checks_of_a_real_call_are_shared_by_processes() -> None:
+    smoke = next(stage for stage in plan(compile=False) if stage.name == "smoke")
+    names = ["op:low_rank", "op:linearizer_stack"]
+    jobs = smoke.jobs(replace(GIVEN, machine=replace(GIVEN.machine, ops=names)))
+    assert [job.command[-3:] for job in jobs] == [
+        *(["op:linearizer_stack", "--part", f"{i}/3"] for i in range(3)), ["op:low_rank", "--part", "0/1"],
+    ]  # fmt: skip
+    assert len({job.name for job in jobs}) == 4  # a failed job is reported by its name
 
 
 def test_an_unknown_stage_is_reported_and_the_others_run(started, tmp_path: Path) -> None:

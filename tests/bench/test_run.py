@@ -12,7 +12,7 @@ import pytest
 import torch
 from linfast.bench.cases import CASES
 from linfast.bench.environment import ceilings, describe
-from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size
+from linfast.bench.harness import SCALES, Case, Options, Problem, Provider, Size, judged
 from linfast.bench.report import beside_the_fastest, json_line, parse, shares, table
 from linfast.bench.run import main, too_large
 
@@ -147,6 +147,26 @@ def test_providers_on_a_cpu_and_on_a_gpu() -> None:
     assert names("cpu", False) == ["eager"]
     assert names("cpu", True) == ["eager", "torch.compile"]
     assert names("cuda", True) == ["eager", "torch.compile", "linfast", "linfast compiled"]
+
+
+@pytest.mark.parametrize(("mode", "least", "most"), [("exact", 0.0, 2e-6), ("fast", 5e-6, 5e-2)])
+def test_a_linearizer_is_timed_in_a_mode_and_frozen(mode: str, least: float, most: float) -> None:
+    """Also plain torch: an error of a mode's size says that it ran in it."""
+    size = {"direction": "forward", "precision": mode, "D": 6, "depth": 2, "hidden": 8, "batch": 4}
+    verdicts = judged(CASES["linearizer"].build(size, Options(CPU, kernels=True)))
+    assert list(verdicts) == ["eager", "linfast", "linfast frozen"]
+    for verdict in verdicts.values():
+        assert verdict.refused is None
+        assert least <= verdict.error <= most
+    gradients = CASES["linearizer"].build({**size, "direction": "forward+backward"}, Options(CPU, kernels=True))
+    assert [provider.name for provider in gradients.providers] == ["eager", "linfast"]
+
+
+def test_a_copy_without_history_is_told_its_commit(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linfast.__file__", str(tmp_path / "linfast/__init__.py"))
+    assert describe(CPU)["commit"] is None
+    monkeypatch.setenv("LINFAST_COMMIT", "0123456789ab")
+    assert describe(CPU)["commit"] == "0123456789ab"
 
 
 def test_eager_runs_the_reference_and_linfast_the_kernels() -> None:

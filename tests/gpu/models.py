@@ -1,17 +1,20 @@
-"""Whole models that run differently on a GPU: the captured pipeline of a stream, and accelerated models."""
+"""Whole models that run differently on a GPU: the captured pipeline of a stream, a density, accelerated models."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from linfast.bench.cases import CASES
 from linfast.bench.cases.common import FORWARD, INVERSE, TRAIN, perturb
-from linfast.bench.harness import Options, Verdict, judged
+from linfast.bench.harness import Options, judged
 from linfast.bench.rounding import relative_error
+from linfast.bench.standard import Verdict
 from torch import Tensor, nn
 
 import linfast as lf
@@ -35,6 +38,8 @@ def models(device: torch.device) -> Iterator[tuple[str, Callable[[], Verdict]]]:
     torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     for whole in (True, False):
         yield f"stream, {'one array' if whole else 'batches'}", lambda whole=whole: _stream(device, whole)
+    for transform in ("affine", "spline"):
+        yield f"density, {transform}", lambda transform=transform: _density(device, transform)
     yield "accelerate, reference model", lambda: _reference(device)
     for name in filter(_is_installed, SHOWN):
         yield f"accelerate, {name}", lambda name=name: _library(name, device)
@@ -53,6 +58,19 @@ def _stream(device: torch.device, whole: bool) -> Verdict:
     else:
         got = torch.cat([batch.cpu() for batch in lf.sample_stream(f, ROWS, 700, progress=False)])
     return _verdict(got, expected)
+
+
+def _density(device: torch.device, transform: Any) -> Verdict:
+    """log p of its own samples, both against plain torch."""
+    torch.manual_seed(0)
+    p = perturb(lf.Density(lf.coupling_flow(6, 4, (32, 32), transform=transform))).to(device).eval()
+    parts = []
+    for context in (contextlib.nullcontext(), plain_torch()):
+        torch.manual_seed(1)
+        with context, torch.no_grad():
+            x = p.sample(1000)
+            parts.append(torch.cat([x, p.log_prob(x)[:, None]], 1))
+    return _verdict(*parts)
 
 
 def _reference(device: torch.device) -> Verdict:

@@ -2,7 +2,8 @@
 
     python -m tests.gpu.smoke op:coupling_stack      small, odd edges: each direction, mode and dtype, gradients
     python -m tests.gpu.smoke case:coupling_stack    sizes that are timed (fewer rows): each direction and mode
-    python -m tests.gpu.smoke models                 streams and accelerated models, captured
+    python -m tests.gpu.smoke models                 streams, densities and accelerated models
+    python -m tests.gpu.smoke op:low_rank --part 1/4 the second quarter of its lines, in turn
 
 The truth is float64 in plain torch. The tolerances are fixed here, far above rounding and far
 below the error of a wrong kernel; exact budgets are in the tests. On a CPU the kernels are interpreted
@@ -12,8 +13,8 @@ below the error of a wrong kernel; exact budgets are in the tests. On a CPU the 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
+import itertools
 import json
 import os
 import sys
@@ -23,9 +24,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from linfast.bench.cases import CASES
-from linfast.bench.harness import Case, Options, Size, Verdict, judge, own_standard
+from linfast.bench.cases import CASES, common
+from linfast.bench.cases.common import in_precision
+from linfast.bench.harness import Case, Options, Size
 from linfast.bench.rounding import relative_error
+from linfast.bench.standard import Verdict, judge, own_standard
 
 import linfast as lf
 from linfast.precision import PRECISIONS
@@ -33,8 +36,8 @@ from tests.machine_code.cases import all_cases
 from tests.machine_code.check import exact, outputs_and_gradients, values_of
 from tests.machine_code.variants import Variant, variants
 
-# Relative L2 by mode; one rounding of an operand is 2^-24 (2^-22 in stacks), 2^-17, 2^-11 or 2^-9.
-TOLERANCES = {"exact": 2e-5, "high": 2e-4, "tf32": 1e-2, "fp16": 1e-2, "fast": 5e-2, "bf16": 5e-2}
+# Relative L2 by mode, and by dtype.
+TOLERANCES = {**common.TOLERANCES, "fp16": 1e-2, "bf16": 5e-2}
 MOST_ROWS = 2**14  # or pixels of a timed size: several processes share the card, and float64 takes its time
 ON_GPU = torch.cuda.is_available()
 # They have no kernels of their own.
@@ -113,25 +116,8 @@ def _timed(case: Case, size: Size, mode: str) -> Verdict:
     allowed = TOLERANCES[dtypes.get(str(size.get("dtype")), mode or str(size.get("precision", "exact")))]
     standard = own_standard(problem.truth, problem.inputs[:1], allowed)
     ours = next(provider for provider in problem.providers if provider.name == "linfast")
-    with _matmul_settings(mode):
+    with in_precision(mode):
         return judge(ours.call, problem.inputs[:1], standard)
-
-
-@contextlib.contextmanager
-def _matmul_settings(mode: str) -> Iterator[None]:
-    """The settings of torch that select the mode; see linfast.precision."""
-    matmul, convolution = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = convolution.fp32_precision
-    torch.set_float32_matmul_precision({"high": "high", "tf32": "high", "fast": "medium"}.get(mode, "highest"))
-    if mode == "high":
-        matmul.fp32_precision = "ieee"
-    convolution.fp32_precision = "tf32" if mode in ("tf32", "fast") else "ieee"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = "none"
-        torch.set_float32_matmul_precision("highest")
-        convolution.fp32_precision = before
 
 
 def lines(name: str) -> Iterator[Line]:
@@ -169,7 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.gpu.smoke", description=__doc__.partition("\n\n")[0])
     parser.add_argument("names", nargs="+", choices=NAMES, metavar="NAME", help=", ".join(NAMES))
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="of N processes that share the lines, this one"
+    )
     options = parser.parse_args(arguments)
+    part, parts = map(int, options.part.split("/"))
     if ON_GPU:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     else:
@@ -180,7 +170,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # NaN in fresh memory reveals a kernel that does not write all of its output.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    right = [look(name, call) for each in options.names for name, call in lines(each)]
+    right = [
+        look(name, call)
+        for each in options.names
+        for name, call in itertools.islice(lines(each), part, None, parts)
+    ]
     print(f"{sum(right)} right, {len(right) - sum(right)} wrong", flush=True)
     return int(not all(right))
 

@@ -8,10 +8,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from linfast.bench.cases import CASES
+from linfast.bench.gpu.stages import SMOKE_PARTS
+from linfast.bench.harness import Verdict
 from torch.utils._pytree import tree_map_only
 
 from linfast.ops import register
 from tests.gpu import smoke
+from tests.machine_code.cases import all_cases
 from tests.marks import long
 from tests.ops.budget import DEVICE
 
@@ -59,6 +62,15 @@ def _returning(launcher: Callable, wrong: Callable) -> Callable:
     return launch_of
 
 
+def test_processes_share_the_lines_of_a_name(monkeypatch, capsys) -> None:
+    made = [(f"line {i}", lambda: Verdict(0.0, 1.0, None)) for i in range(7)]
+    monkeypatch.setattr(smoke, "lines", lambda name: iter(made))
+    assert [smoke.main(["models", "--part", f"{i}/3"]) for i in range(3)] == [0, 0, 0]
+    out = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert sorted(json.loads(line)["smoke"] for line in out) == [name for name, _ in made]
+    assert SMOKE_PARTS.keys() <= {*smoke.NAMES}
+
+
 def test_a_kernel_that_raises_gets_a_line(monkeypatch, capsys) -> None:
     monkeypatch.setattr(register, "_launcher", lambda path: torch.zeros(1, device=DEVICE).tolist()[5])
     assert all(reason and "IndexError" in reason for reason in _verdicts("op:low_rank", "fp32", capsys))
@@ -73,11 +85,13 @@ def test_every_op_case_mode_and_direction_is_looked_at() -> None:
         ("coupling_flow", "training step", "exact"),
         ("affine_coupling", "inverse"),
         ("coupling_mix", "inverse"),
+        ("density", "spline", "training step"),
+        ("residual_mlp", "forward+backward", "fast"),
         ("conv2d_fused", "forward+backward", "high"),
     ):
         assert any(all(f" {word} " in f" {name} " for word in words) for name in names), words
     ops = [name for name in smoke.NAMES if name.startswith("op:")]
-    assert len(ops) == 15
+    assert len(ops) == len({case.op for case in all_cases()})  # which tests.machine_code compares with linfast.ops
     assert "models" in smoke.NAMES
 
 

@@ -62,6 +62,9 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.precision.interpreting": lambda: False,
         "linfast.kernels.stack_configs._target": _constant(target),
         "linfast.kernels.stack_backward_grid.StackPass.part_dtype": property(lambda self: torch.bfloat16),
+        # One multiprocessor, so that small batches run on all tiles; two programs of the backward.
+        "linfast.kernels.stack_configs._multiprocessors": lambda kind, index: 1,
+        "linfast.kernels.coupling_stack_backward.multiprocessors": lambda x: 2,
         "linfast.kernels.latent_matmul.ELEMENTS_ALONE": ELEMENTS_ALONE,
     }
     for module in ("coupling_stack", "coupling_layers", "conv2d_fused"):
@@ -71,8 +74,6 @@ def as_on_gpu(target: str) -> Iterator[None]:
         patches.enter_context(mock.patch.object(batch, "array", _or_nonsense(batch.array)))
         for name, value in choices.items():
             patches.enter_context(mock.patch(name, value))
-        # One multiprocessor, so that small batches run on all tiles.
-        patches.enter_context(mock.patch.dict("linfast.kernels.stack_configs.MULTIPROCESSORS", {target: 1}))
         yield
 
 

@@ -7,6 +7,7 @@ case is reported by ``uncovered``.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -52,12 +53,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Variant:
-    """A case in one dtype, mode and direction; the last two are "" where the op has none."""
+    """A case in one dtype, mode and direction; the last two are "" where the op has none.
+
+    ``turn`` is the number of the case among those of its op that run, or None where there are no others.
+    """
 
     case: Case
     dtype: str
     mode: str
     direction: str
+    turn: int | None = None
 
     @property
     def options(self) -> dict[str, object]:
@@ -75,28 +80,32 @@ def _parameters(op: str) -> frozenset[str]:
 
 def variants(cases: Sequence[Case], smoke: bool) -> Iterator[Variant]:
     """Every dtype, mode and direction of the cases; in the short run only "fast" where x is 16 bits wide."""
-    for case in cases:
-        has = _parameters(case.op)
-        for dtype in case.dtypes if case.smoke or not smoke else ():
+    run = [case for case in cases if case.smoke or not smoke]
+    several, turns = Counter(case.op for case in run), Counter[str]()
+    for case in run:
+        has, turn = _parameters(case.op), turns[case.op] if several[case.op] > 1 else None
+        turns[case.op] += 1
+        for dtype in case.dtypes:
             modes = ("fast",) if smoke and dtype != "fp32" else case.modes
             for mode in modes if "precision" in has else ("",):
                 for direction in ("forward", "inverse") if "inverse" in has else ("",):
-                    yield Variant(case, dtype, mode, direction)
+                    yield Variant(case, dtype, mode, direction, turn)
 
 
 def in_short_run(variant: Variant, target: str) -> bool:
     """Whether the short run contains this variant of a case that it contains.
 
-    An op without directions is run whole on both targets. Of an op with directions one target runs the forward of
-    a dtype and mode, and the other the inverse: so each dtype and each mode is run on each target and in each
-    direction, and each target runs both directions.
+    Of an op with directions one target runs the forward of a dtype and mode, and the other the inverse: so each
+    dtype and each mode is run on each target and in each direction, and each target runs both directions. An op
+    without directions is run whole on both targets if it has modes, whose products differ there, or a single case;
+    else the targets take its cases in turn, in another order for each dtype.
     """
-    if not variant.direction:
+    if not variant.direction and (variant.mode or variant.turn is None):
         return True
     turns = (
         list(DTYPES).index(variant.dtype),
         PRECISIONS.index(variant.mode) if variant.mode else 0,
-        variant.direction == "inverse",
+        variant.direction == "inverse" if variant.direction else variant.turn,
         list(CAPABILITIES).index(target),
     )
     return sum(turns) % 2 == 0

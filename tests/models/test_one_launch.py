@@ -192,8 +192,8 @@ def test_frozen_weights_are_packed_once(monkeypatch: pytest.MonkeyPatch) -> None
     from linfast.flows import match
 
     flow, x, packs = _flow(), torch.randn(3, D, device=DEVICE), []
-    pack = match.pack_stacks
-    monkeypatch.setattr(match, "pack_stacks", lambda *a, **k: packs.append(1) or pack(*a, **k))
+    pack = match.pack_stack
+    monkeypatch.setattr(match, "pack_stack", lambda *a, **k: packs.append(1) or pack(*a, **k))
     with lf.backend("triton"), torch.no_grad(), lf.freeze(flow):
         first, second = flow(x), flow(x)
         flow.inverse(x)

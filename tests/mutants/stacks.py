@@ -48,7 +48,7 @@ MUTANTS = (
     Mutant(
         name="stack tiles: small batches take the tile of large ones",
         file="kernels/stack_configs.py",
-        old='if batch <= config.rows * MULTIPROCESSORS.get(target or "", 0):',
+        old="if batch <= config.rows * multiprocessors:",
         new="if batch < 0:",
         breaks="A batch of 1,024 rows runs on 8 of 132 multiprocessors.",
         tests=("tests/ops/test_precision.py::test_small_batches_get_tiles_of_fewer_rows",),

@@ -55,6 +55,12 @@ MODES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that programs share the rows."""
+    monkeypatch.setattr(backward, "multiprocessors", lambda x: 2)
+
+
 def _randn(*shape: int) -> Tensor:
     return torch.randn(shape).to(DEVICE)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from linfast.kernels import coupling_stack_backward, stack_configs
 from linfast.kernels.stack_configs import CONFIGS, MULTIPROCESSORS, entry_for, mode_on
 from linfast.kernels.stack_spec import DIAGONAL
 
@@ -69,24 +72,41 @@ def test_what_is_one_launch_on_sm_90(precision: str) -> None:
     assert entry_for(63, 100, 2, precision, "sm_90", DIAGONAL) is not None
     wide = entry_for(128, 256, 3, precision, "sm_90") is not None
     assert wide == (precision in ("fast", "tf32"))
+    both = entry_for(128, 256, 3, precision, "sm_90", linearizer=True) is not None
+    assert both == (precision == "fast")  # in "tf32" two launches take less
     assert entry_for(130, 256, 3, precision, "sm_90") is None
     assert entry_for(1024, 1024, 3, precision, "sm_90") is None
     assert entry_for(64, 128, 3, precision, None) is None
 
 
-def test_small_batches_get_tiles_of_fewer_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batches_get_tiles_of_fewer_rows() -> None:
     """The fewest rows that make at most one program per multiprocessor."""
-    monkeypatch.setitem(MULTIPROCESSORS, "sm_90", 132)
     entry = entry_for(64, 128, 3, "fast", "sm_90", DIAGONAL, linearizer=True)
     assert entry is not None
     batches = (1, 2112, 2113, 8448, 8449, 1 << 22)
-    assert [entry.config_of(batch, "sm_90").rows for batch in batches] == [16, 16, 64, 64, 128, 128]
-    for (target, _), entries in CONFIGS.items():
+    assert [entry.config_of(batch, 132).rows for batch in batches] == [16, 16, 64, 64, 128, 128]
+    for entries in CONFIGS.values():
         for entry in entries:
             rows = [config.rows for config in (*entry.smaller, entry.config)]
             assert rows == sorted(set(rows)), "fewest first, each another number"
-            assert [entry.config_of(most * MULTIPROCESSORS[target], target).rows for most in rows] == rows
-            assert entry.config_of(1 << 22, target) == entry.config
+            assert [entry.config_of(132 * most, 132).rows for most in rows] == rows
+            assert entry.config_of(1 << 22, 132) == entry.config
+
+
+_multiprocessors = stack_configs._multiprocessors  # as it is outside tests, which have one
+
+
+@pytest.mark.parametrize("module", [stack_configs, coupling_stack_backward])
+def test_tiles_are_for_the_gpus_own_multiprocessors(module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H100 on PCIe has 114 and not 132; without a GPU the table says how many."""
+    monkeypatch.setattr(stack_configs, "_multiprocessors", _multiprocessors)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=114)
+    )
+    on_gpu = SimpleNamespace(device=torch.device("cuda:99"))
+    assert module.multiprocessors(on_gpu) == 114
+    monkeypatch.setattr(stack_configs, "_target", lambda kind, index: "sm_80")
+    assert module.multiprocessors(torch.zeros(1)) == MULTIPROCESSORS["sm_80"]
 
 
 def test_every_target_has_every_mode_it_can_run() -> None:

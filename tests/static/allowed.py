@@ -17,14 +17,12 @@ _SMALL = {
     _NEW: [
         ("sm_90", "_coupling_stack_kernel", "D=128 H=256 fast 16 rows forward n=3", 10),
         ("sm_90", "_linearizer_stack_kernel", "D=64 H=128 tf32 16 rows dense", 37),
-        ("sm_90", "_linearizer_stack_kernel", "D=128 H=256 tf32 16 rows dense", 61),
         ("sm_100", "_coupling_stack_kernel", "D=64 H=128 tf32 16 rows forward n=3", 22),
         ("sm_100", "_coupling_stack_kernel", "D=64 H=128 tf32 16 rows inverse n=3 dense", 23),
     ],
     _OLD: [
         ("sm_90", "_coupling_stack_kernel", "D=64 H=128 fast 64 rows inverse n=4 diagonal", 12),
         ("sm_90", "_linearizer_stack_kernel", "D=64 H=128 tf32 16 rows dense", 23),
-        ("sm_90", "_linearizer_stack_kernel", "D=128 H=256 tf32 16 rows dense", 36),
         ("sm_100", "_coupling_stack_kernel", "D=128 H=256 fast 16 rows forward n=3", 10),
         ("sm_100", "_linearizer_stack_kernel", "D=128 H=256 tf32 16 rows dense", 25),
     ],

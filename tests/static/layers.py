@@ -38,9 +38,10 @@ Row = dict[str, str]
 
 
 def launches() -> list[Launch]:
-    """The current launches of tests/static/flagship.py that run all layers."""
+    """The current launches of tests/static/flagship.py that run all layers of what the call names."""
     made = [Launch(**json.loads(line)) for line in child.run("tests.static.flagship").splitlines()]
-    return [launch for launch in made if launch.kernel.endswith("_stack_kernel")]
+    kernels = {"stack": "_coupling_stack_kernel", "linearizer": "_linearizer_stack_kernel"}
+    return [launch for launch in made if launch.kernel == kernels[launch.call.partition(" ")[0]]]
 
 
 def compiled(wanted: list[Launch], triton: str) -> list[Row]:

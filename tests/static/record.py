@@ -123,6 +123,7 @@ def on(target: str, call: str = "") -> Iterator[list[Launch]]:
     with (
         mock.patch.object(triton.compiler, "compile", compile),
         mock.patch.object(stack_configs, "_target", return_value=name),
+        mock.patch("linfast.kernels.coupling_stack_backward.multiprocessors", return_value=2),
         lf.backend("triton"),
         # so that the launchers accept tensors on a CPU
         mock.patch.object(dispatch, "interpreting", return_value=True),

@@ -1,35 +1,21 @@
 """``python -m tests.static.roofline``: the tables of docs/roofline.md; ``--write`` puts them there.
 
-Stacks of couplings are predicted by tests/static/model.py. A latent product takes START for each launch, one after
-another, and the largest of: each tensor once from and to device memory at 0.9 of its rate; L2; and products and
-issue, of which half of the shorter is added to the longer.
+Stacks of couplings are predicted by tests/static/model.py, other tables are those of tests/static/roofline_ops.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 from tests.static.flagship import MODES
 from tests.static.layers import Row, kept
-from tests.static.model import (
-    FLAGSHIP,
-    FP32,
-    H100,
-    H200,
-    IN_TURN,
-    MMA_SYNC,
-    START,
-    Gpu,
-    Prediction,
-    at_a_time,
-    eager,
-)
+from tests.static.model import FLAGSHIP, H100, START, Gpu, Prediction, at_a_time, eager
+from tests.static.roofline_ops import backward, latent, layers
+from tests.static.roofline_text import NOT_YET, ROOT, measured, ms, or_not_yet, table
 
-PAGE = Path(__file__).parents[2] / "docs" / "roofline.md"
+PAGE = ROOT / "docs" / "roofline.md"
 
 
 def chosen(call: str, batch: int = FLAGSHIP, triton: str = "3.7.1", target: str = "sm_90") -> Row:
@@ -47,17 +33,10 @@ def predicted(mode: str, batch: int = FLAGSHIP, gpu: Gpu = H100, triton: str = "
     return Prediction(chosen(f"linearizer {mode} D=64", batch, triton), gpu, batch)
 
 
-def _ms(seconds: float) -> str:
-    return f"{1e3 * seconds:.2g}" if seconds < 9.95e-3 else f"{1e3 * seconds:,.0f}"
-
-
-def _us(seconds: float) -> str:
-    return _ms(1e3 * seconds)
-
-
-def _table(head: str, rows: Iterable[Iterable[str]]) -> str:
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head.split(", "), *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head.split(", ")), *lines[1:]])
+def _flagship(mode: str, provider: str = "linfast frozen", **size: int) -> float | None:
+    """As ``measured``, of the flagship Linearizer: frozen, since a prediction is for one launch."""
+    sizes = {"D": 64, "depth": 8, "hidden": 128, "batch": FLAGSHIP} | size
+    return measured("linearizer", provider, direction="forward", precision=mode, **sizes)
 
 
 def counts() -> str:
@@ -76,7 +55,7 @@ def counts() -> str:
         "mode, rows, warps, programs at once, products by, instructions, matrix instructions, registers, spills, "
         "MUFU, multiply-adds, bytes of shared memory, bytes of weights, waits, instructions beside"
     )
-    return _table(head, map(cells, MODES))
+    return table(head, map(cells, MODES))
 
 
 def flagship() -> str:
@@ -84,13 +63,15 @@ def flagship() -> str:
 
     def cells(mode: str) -> Iterator[str]:
         here, old = predicted(mode), predicted(mode, triton="3.6.0")
-        yield from (mode, _ms(here.floor), f"**{_ms(here.time)}**", _ms(old.time), here.held_by)
+        yield from (mode, ms(here.floor), f"**{ms(here.time)}**", ms(old.time), here.held_by)
         for plain in (eager(mode, H100), eager(mode, H100, fused=True)):
-            yield f"{_ms(plain)} ({plain / here.time:.1f} times)"
-        yield "not measured yet"
+            yield f"{ms(plain)} ({plain / here.time:.1f} times)"
+        ours, theirs = _flagship(mode), _flagship(mode, "eager")
+        beside = f", eager {ms(theirs)} ({theirs / ours:.1f} times)" if ours and theirs else ""
+        yield or_not_yet(ours) + beside
 
     head = "mode, floor, prediction, under Triton 3.6, held by, eager, torch.compile, measured"
-    return _table(head, map(cells, MODES))
+    return table(head, map(cells, MODES))
 
 
 def bounds() -> str:
@@ -99,9 +80,9 @@ def bounds() -> str:
 
     def cells(mode: str) -> Iterator[str]:
         here = predicted(mode)
-        yield from (mode, *(_ms(here.bounds[unit]) for unit in units), _ms(here.waiting))
+        yield from (mode, *(ms(here.bounds[unit]) for unit in units), ms(here.waiting))
 
-    return _table(f"mode, {', '.join(units)}, waiting", map(cells, MODES))
+    return table(f"mode, {', '.join(units)}, waiting", map(cells, MODES))
 
 
 def batches() -> str:
@@ -109,125 +90,38 @@ def batches() -> str:
 
     def cells(batch: int) -> Iterator[str]:
         yield f"{batch:,}"
-        yield from (_ms(predicted(mode, batch).time) for mode in MODES)
-        yield "not measured yet"
+        yield from (ms(predicted(mode, batch).time) for mode in MODES)
+        found = [_flagship(mode, batch=batch) for mode in MODES]
+        yield " / ".join("-" if time is None else ms(time) for time in found) if any(found) else NOT_YET
 
     sizes = (1, 64, 256, 1024, 4096, 1 << 14, 1 << 17, 1 << 20, 1 << 22)
-    return _table(f"B, {', '.join(MODES)}, measured", map(cells, sizes))
+    return table(f"B, {', '.join(MODES)}, measured", map(cells, sizes))
 
 
 def large() -> str:
-    """D = 128, H = 256 in one launch, where it fits."""
+    """D = 128, H = 256: a whole Linearizer in one launch, or, where that takes less, each of its stacks and A."""
 
     def cells(mode: str) -> Iterator[str]:
-        row = chosen(f"linearizer {mode} D=128")
-        here = Prediction(row, H100, FLAGSHIP, bytes_per_row=1024)
-        yield from (mode, row["rows"], row["instructions"], row["spills"])
-        yield from (_ms(here.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "issue"))
-        yield from (_ms(here.waiting), _ms(here.floor), f"**{_ms(here.time)}**", here.held_by)
-        yield from (_ms(eager(mode, H100, fused=True, D=128, H=256)), "not measured yet")
+        alone = mode == "fast"
+        row = chosen(f"{'linearizer' if alone else 'stack'} {mode} D=128")
+        here = Prediction(row, H100, FLAGSHIP, bytes_per_row=1024 if alone else 2048)
+        time = here.time + (0 if alone else 2 * START + FLAGSHIP * 1024 / H100.memory / 0.9)
+        yield from (mode, "1" if alone else "3", row["rows"], row["instructions"], row["spills"])
+        yield from (ms(here.bounds[k]) for k in ("memory", "L2", "matrix", "shared", "issue"))
+        yield from (ms(here.waiting), ms(here.floor), f"**{ms(time)}**", here.held_by)
+        yield ms(eager(mode, H100, fused=True, D=128, H=256))
+        yield or_not_yet(_flagship(mode, D=128, hidden=256))
 
     head = (
-        "mode, rows, instructions, spills, memory, L2, matrix, shared, issue, waiting, floor, prediction, held by, "
-        "library, measured"
+        "mode, launches, rows, instructions, spills, memory, L2, matrix, shared, issue, waiting, floor, "
+        "prediction, held by, library, measured"
     )
-    return _table(head, map(cells, ("fast", "tf32")))
-
-
-class LatentOp(NamedTuple):
-    """Counts of one call in fp32, "exact".
-
-    Args:
-        name: the op and its sizes.
-        launches: kernels, one after another.
-        memory: bytes of device memory, each tensor once.
-        flop: operations, without those that parts or partly filled tiles add.
-        products: seconds of matrix units, or of cuBLAS. Other operations are in ``instructions``.
-        l2: bytes read and written through L2, where that is more.
-        instructions: of warps.
-    """
-
-    name: str
-    launches: int
-    memory: float
-    flop: float
-    products: float = 0.0
-    l2: float = 0.0
-    instructions: float = 0.0
-
-
-# Instructions per warp are of kernels compiled for sm_90 by Triton 3.7.1, as tests/static/loops.py counts them.
-def _bank(K: int, N: int, B: int) -> LatentOp:
-    """Rows sorted by operator: at most B / rows + K tiles, counted as full, in six products of parts."""
-    few = 16 * max(K, 64) >= B
-    rows, warps, around, step, rate = (16, 4, 427, 357, MMA_SYNC) if few else (128, 8, 945, 335, 1.0)
-    tiles, columns = B / rows + K, N // 64
-    return LatentOp(
-        f"latent_matmul, K = {K:,}, N = {N}, B = {B:,}",
-        launches=5 + 6,  # of which a sort is 6
-        memory=8 * B * N + 4 * K * N * N + 94 * B,  # 94 bytes: the sort and its order
-        flop=2 * B * N * N,
-        products=6 * 2 * rows * tiles * N * N / (rate * H100.bf16),
-        l2=4 * (tiles * N * N + columns * B * N + B * N),
-        instructions=warps * tiles * columns * (around + N // 32 * step),
-    )
-
-
-def _latent_ops() -> Iterator[LatentOp]:
-    B, N = 1 << 20, 64
-    flop = 2 * B * N * N
-    yield LatentOp(f"shared A (cuBLAS), N = {N}, B = {B:,}", 1, 8 * B * N, flop, products=flop / FP32)
-    yield LatentOp(f"Diagonal (torch), N = {N}, B = {B:,}", 1, 8 * B * N, B * N)
-    B, N = 1024, 512
-    yield LatentOp(f"A per sample (cuBLAS), N = {N}, B = {B:,}", 1, 4 * B * N * (N + 2), 2 * B * N * N)
-    B, N, K = 8192, 64, 8
-    yield LatentOp(
-        f"latent_matmul, K = {K}, N = {N}, B = {B:,}: row by row", 1, 8 * B * N + 4 * K * N * N,
-        2 * B * N * N, l2=4 * B * N * (N + 2), instructions=4 * B * (192 + N // 32 * 56),
-    )  # fmt: skip
-    for K, N, B in ((16, 64, 1 << 20), (16, 512, 1 << 16), (4096, 128, 1 << 14)):
-        yield _bank(K, N, B)
-    for N, B, splits, tiles in ((1024, 256, 4, 1), (12288, 128, 24, 2)):
-        instructions = 4 * B * (splits * (174 + tiles * 66) + N // 256 * 232)
-        yield LatentOp(
-            f"low_rank, r = 8, N = {N:,}, B = {B}", 2, 19 * 4 * B * N, 4 * B * N * 8, instructions=instructions
-        )
-    for k, around, step in ((3, 311, 193), (9, 376, 360)):
-        images, values = 512 * 64, 512 * 64 * 32 * 32
-        yield LatentOp(
-            f"depthwise_conv, {k} x {k}, 64 channels of 32 x 32, B = 512", 1, 8 * values, 2 * k * k * values,
-            instructions=4 * images * (around + k * step),
-        )  # fmt: skip
-
-
-def latent() -> str:
-    """Latent operators, in microseconds."""
-
-    def cells(op: LatentOp) -> Iterator[str]:
-        issue = op.instructions / (4 * H100.sms * H100.clock)
-        on_chip = max(op.products, issue) + IN_TURN * min(op.products, issue)
-        parts = {
-            "memory": op.memory / H100.memory / 0.9,
-            "L2": op.l2 / H100.l2,
-            "products": op.products,
-            "issue": issue,
-        }
-        yield from (op.name, str(op.launches), f"{op.memory / 1e6:,.0f}", f"{op.flop / 1e9:.2g}")
-        yield from (_us(part) if part else "" for part in parts.values())
-        times = [max(op.memory / gpu.memory / 0.9, parts["L2"], on_chip) for gpu in (H100, H200)]
-        yield " / ".join(_us(START * op.launches + time) for time in times)
-        of_units = sorted({"products": op.products, "issue": issue}.items(), key=lambda part: -part[1])
-        held = {name: parts[name] for name in ("memory", "L2")}
-        held |= {", ".join(name for name, part in of_units if part): on_chip}
-        yield from (max(held, key=held.__getitem__), "not measured yet")
-
-    head = "op, launches, MB, GFLOP, memory, L2, products, issue, prediction H100 / H200, held by, measured"
-    return _table(head, map(cells, _latent_ops()))
+    return table(head, map(cells, ("fast", "tf32")))
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "counts": counts, "flagship": flagship, "bounds": bounds, "batches": batches, "large": large,
-    "latent": latent,
+    "counts": counts, "flagship": flagship, "bounds": bounds, "backward": backward, "batches": batches,
+    "large": large, "layers": layers, "latent": latent,
 }  # fmt: skip
 
 
@@ -245,8 +139,8 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="put the tables into docs/roofline.md")
     if parser.parse_args().write:
         PAGE.write_text(with_tables(PAGE.read_text()))
-    for name, table in TABLES.items():
-        print(f"{name}\n{table()}\n")
+    for name, made in TABLES.items():
+        print(f"{name}\n{made()}\n")
 
 
 if __name__ == "__main__":

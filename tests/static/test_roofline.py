@@ -5,8 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
+from linfast.bench.cases import CASES
+from linfast.bench.harness import Result, Size
+from linfast.bench.report import json_line
 
-from tests.static import layers, roofline
+from tests.static import layers, roofline, roofline_ops, roofline_text
 from tests.static.model import H100, START, Gpu, Prediction
 
 # A program of 64 rows and 4 warps, two of which fit a multiprocessor.
@@ -22,6 +25,55 @@ def test_the_page_shows_the_tables() -> None:
     page = roofline.PAGE.read_text()
     assert set(re.findall(r"<!-- (\w+) -->", page)) == roofline.TABLES.keys()
     assert page == roofline.with_tables(page), "run python -m tests.static.roofline --write"
+
+
+def test_what_was_measured_fills_the_last_columns(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In milliseconds, and in microseconds for latent products."""
+    monkeypatch.setattr(roofline_text, "RESULTS", tmp_path / "gpu.jsonl")
+    flagship: Size = {
+        "direction": "forward",
+        "precision": "fast",
+        "D": 64,
+        "depth": 8,
+        "hidden": 128,
+        "batch": 2**20,
+    }
+    latent: Size = {"direction": "forward", "dtype": "float32", "K": 8, "N": 64, "batch": 8192}
+    times = [
+        ("linearizer", flagship, "linfast frozen", 2.5),
+        ("linearizer", flagship, "eager", 20.0),
+        ("linearizer", {**flagship, "precision": "tf32"}, "linfast frozen", None),
+        ("linearizer", {**flagship, "D": 128, "hidden": 256}, "linfast frozen", 15.0),
+        ("latent_matmul", latent, "linfast", 0.031),
+        ("latent_matmul", {**latent, "direction": "forward+backward"}, "linfast", 0.001),
+    ]
+    results = [
+        Result(case, size, who, False, "eager", "float32", None, None, p50_ms=ms) for case, size, who, ms in times
+    ]
+    (tmp_path / "gpu.jsonl").write_text("\n".join(json_line(result, {"device": "here"}) for result in results))
+
+    def last(table: str, start: str) -> str:
+        [row] = [row for row in roofline.TABLES[table]().splitlines() if row.startswith(f"| {start}")]
+        return row.rstrip(" |").rpartition("| ")[2]
+
+    assert last("flagship", "fast") == "2.5, eager 20 (8.0 times)"
+    assert last("flagship", "tf32") == "not measured yet"
+    assert last("batches", "1,048,576") == "2.5 / - / - / -"
+    assert last("batches", "64 ") == "not measured yet"
+    assert last("large", "fast") == "15"
+    assert last("latent", "latent_matmul, K = 8, ") == "31"
+
+
+def test_what_a_column_asks_for_is_timed_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, Size]] = []
+    for module in (roofline, roofline_ops):
+        monkeypatch.setattr(module, "measured", lambda case, provider, **size: asked.append((case, size)))
+    for name in ("flagship", "large", "layers", "latent"):
+        roofline.TABLES[name]()
+    timed = {case: CASES[case].sizes["gpu"] for case, _ in asked if case}
+    assert {"linearizer", "coupling_flow", "latent_matmul", "depthwise_conv"} == timed.keys()
+    for case, size in asked:
+        assert not case or any(other.items() >= size.items() for other in timed[case]), (case, size)
 
 
 def test_what_is_counted_is_what_is_launched() -> None:

@@ -34,6 +34,8 @@ def compile_launch(launch: Launch, with_loops: bool) -> dict[str, Any]:
         constexprs={at[name]: value for name, value in launch.constants.items()},
         attrs={at[name]: value for name, value in launch.attributes.items()},
     )
+    # Not from Triton's cache: a cached kernel names the source lines of the checkout in which it was compiled.
+    triton.knobs.compilation.always_compile = with_loops
     compiled = triton.compile(source, target=TARGETS[launch.target], options=launch.options)
     if "cubin" in compiled.asm:
         read = _read_cubin(compiled.asm["cubin"], launch.constants if with_loops else None)
