@@ -70,8 +70,6 @@ def build_one_step(model: OneStepModel, resolution: int, classes: int = 0) -> Li
 
     if model.rank > pixels and model.operator == "low-rank":
         raise ValueError(f"rank must be at most the {pixels} pixels; got {model.rank}")
-    if classes and model.flow != "mlp":
-        raise ValueError(f"labels need the flow mlp; got {model.flow!r}")
     kind, rank = (TimeLowRank, model.rank) if model.operator == "low-rank" else (TimeDiagonal, pixels)
     A_t = kind(pixels, rank, alpha=0.0, hidden=model.time_hidden)
     if model.separate or classes:
@@ -177,7 +175,7 @@ def recognised(f: Linearizer, training: tuple[Tensor, Tensor], held: tuple[Tenso
 
     def nearest(images: Tensor, classes: Tensor) -> tuple[float, float]:
         """The share with a nearest neighbour of the same class, and the mean distance to it."""
-        distance, index = torch.cdist(images, training[0]).min(1)
+        distance, index = torch.cdist(images.flatten(1), training[0].flatten(1)).min(1)
         return float((training[1][index] == classes).all(1).double().mean()), float(distance.mean())
 
     (share, distance), (real_share, real_distance) = nearest(samples, asked), nearest(*held)

@@ -1,23 +1,28 @@
-"""A bias, batch norm and an activation on x [B, H], one launch forward and one backward.
+"""What lies between two linear layers of a residual network, on [B, H], one launch forward and one backward.
 
-With the statistics m, v of a column over the batch, or given ones, and r = (v + eps)^-1/2:
+With s = sigmoid(g), the statistics m, v of a column over the batch, or given ones, and r = (v + eps)^-1/2:
 
-    z = x + b        h = (z - m) r        u = h w + s        y = act(u)         without a norm u = z
+    u = k + (x + b) s        h = (u - m) r        n = h w + t        y = act(n)         without a norm n = u
 
-Gradients, with d = act'(u) dL/dy, S1 = sum(d) and S2 = sum(d h) over the batch:
+k is the skip, g the gate [B or 1, H], b, w and t are [H]; without them k = 0 and s = 1. u is stored in x's dtype
+where it is an output, and what follows is computed from the stored value. Gradients, with d = act'(n) dL/dy,
+S1 = sum(d) and S2 = sum(d h) over the batch:
 
-    given m, v   dx = w r d                                db = w r S1     ds = S1    dw = S2
-    of the batch dx = w r (d - S1 / B - h S2 / B)          db = 0          ds = S1    dw = S2
-    no norm      dx = d                                    db = S1
+    given m, v   a = w r d                                 dt = S1    dw = S2
+    of the batch a = w r (d - S1 / B - h S2 / B)           dt = S1    dw = S2
+    no norm      a = d
+    then         e = a + dL/du        dk = e        dx = e s        db = sum(dx)        dg = e (x + b) s (1 - s)
 
-x, m and v are saved, but not z, h or u. Bytes in fp32: 8 B H forward, 12 B H backward; a batch's statistics read x
-again, mostly from L2. A program takes some columns: all rows where it sums over them, else one tile of rows. The
-variance is computed from centred values; sums are added in the order of the rows: no atomics, the same bits.
+and dg is summed over the batch where g is one row. Saved: u where it is an output, otherwise x; x also with a gate;
+m and v. Bytes in fp32: 4 B H for each matrix that is read or written; a batch's statistics read u again, mostly
+from L2. A program takes some columns: all rows where it sums over them, else one tile of rows. The variance is
+computed from centred values; sums are added in the order of the rows: no atomics, the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +31,7 @@ from torch import Tensor
 
 from .launch import UNFUSED, ceil_div, needs_int64
 from .masked_steps import ELU, activate
-from .math import EXACT, exp
+from .math import EXACT, exp, sigmoid
 from .mlp import activation_derivative
 
 # A program that sums over all rows takes few columns, so that 512 columns occupy 64 processors; 8 columns of fp32
@@ -39,7 +44,7 @@ GIVEN, OF_BATCH = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit
-def part_of(width, rows_each, COLUMNS: tl.constexpr, INT64: tl.constexpr):
+def _part_of(width, rows_each, COLUMNS: tl.constexpr, INT64: tl.constexpr):
     """(the columns [1, COLUMNS] of this program, which of them exist, its first row)."""
     blocks = tl.cdiv(width, COLUMNS)
     at = tl.program_id(0)
@@ -49,7 +54,7 @@ def part_of(width, rows_each, COLUMNS: tl.constexpr, INT64: tl.constexpr):
 
 
 @triton.jit
-def rows_at(b0, batch, ROWS: tl.constexpr, INT64: tl.constexpr):
+def _rows_at(b0, batch, ROWS: tl.constexpr, INT64: tl.constexpr):
     """(ROWS rows from b0 on, [ROWS, 1], which of them exist)."""
     b = b0 + tl.arange(0, ROWS)[:, None]
     b = b.to(tl.int64) if INT64 else b
@@ -57,13 +62,23 @@ def rows_at(b0, batch, ROWS: tl.constexpr, INT64: tl.constexpr):
 
 
 @triton.jit
-def load_columns(ptr, c, inside, otherwise):
+def _load_columns(ptr, c, inside, otherwise):
     """A parameter of the columns [1, COLUMNS], fp32; ``otherwise`` where it is not given."""
     if ptr is not None:
         value = tl.load(ptr + c, mask=inside, other=otherwise).to(tl.float32)
     else:
         value = tl.full(c.shape, otherwise, tl.float32)
     return value
+
+
+@triton.jit
+def _load(ptr, b, c, stride_b, stride_c, inside):
+    return tl.load(ptr + b * stride_b + c * stride_c, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, b, c, stride_b, stride_c, value, inside):
+    tl.store(ptr + b * stride_b + c * stride_c, value.to(ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -75,124 +90,184 @@ def _reciprocal_deviation(var, batch, eps, NORM: tl.constexpr):
 
 
 @triton.jit
-def _slope(u, ACTIVATION: tl.constexpr):
+def _slope(n, ACTIVATION: tl.constexpr):
     if ACTIVATION == ELU:
-        result = tl.where(u > 0.0, 1.0, exp(u))
+        result = tl.where(n > 0.0, 1.0, exp(n))
     else:
-        result = activation_derivative(u, ACTIVATION)
+        result = activation_derivative(n, ACTIVATION)
     return result
+
+
+@triton.jit
+def _sum_at(
+    x_ptr, skip_ptr, gate_ptr, u_ptr, b, c, inside, bias, stride_xb, stride_xc, stride_kb, stride_kc, stride_gb,
+    stride_gc, stride_ob, stride_oc, AGAIN: tl.constexpr,
+):  # fmt: skip
+    """u, which is stored where it is an output; ``AGAIN``: it was stored before."""
+    if AGAIN and u_ptr is not None:
+        u = _load(u_ptr, b, c, stride_ob, stride_oc, inside)
+    else:
+        u = _load(x_ptr, b, c, stride_xb, stride_xc, inside) + bias
+        if gate_ptr is not None:
+            u = u * sigmoid(_load(gate_ptr, b, c, stride_gb, stride_gc, inside))
+        if skip_ptr is not None:
+            u = _load(skip_ptr, b, c, stride_kb, stride_kc, inside) + u
+        if u_ptr is not None:
+            _store(u_ptr, b, c, stride_ob, stride_oc, u, inside)
+            u = u.to(u_ptr.dtype.element_ty).to(tl.float32)
+    return u
 
 
 @triton.jit(do_not_specialize=["batch", "rows_each"])
 def _norm_activate_kernel(
-    x_ptr, bias_ptr, weight_ptr, shift_ptr, given_mean_ptr, given_var_ptr, y_ptr, mean_ptr, var_ptr, batch, width,
-    rows_each, stride_xb, stride_xc, stride_yb, stride_yc, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-    INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    x_ptr, bias_ptr, skip_ptr, gate_ptr, weight_ptr, shift_ptr, given_mean_ptr, given_var_ptr, u_ptr, y_ptr,
+    mean_ptr, var_ptr, batch, width, rows_each, stride_xb, stride_xc, stride_kb, stride_kc, stride_gb, stride_gc,
+    stride_ob, stride_oc, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr, INT64: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
+    c, is_column, first = _part_of(width, rows_each, COLUMNS, INT64)
     last = tl.minimum(first + rows_each, batch)
-    bias = load_columns(bias_ptr, c, is_column, 0.0)
-    x_ptr += c * stride_xc
-    y_ptr += c * stride_yc
+    bias = _load_columns(bias_ptr, c, is_column, 0.0)
     if NORM == OF_BATCH:
         total = tl.zeros((1, COLUMNS), tl.float32)
         for b0 in range(first, last, ROWS):
-            b, is_row = rows_at(b0, batch, ROWS, INT64)
-            z = tl.load(x_ptr + b * stride_xb, mask=is_row & is_column, other=0.0).to(tl.float32) + bias
-            total += tl.sum(tl.where(is_row, z, 0.0), 0)[None, :]
+            b, is_row = _rows_at(b0, batch, ROWS, INT64)
+            u = _sum_at(
+                x_ptr, skip_ptr, gate_ptr, u_ptr, b, c, is_row & is_column, bias, stride_xb, stride_xc, stride_kb,
+                stride_kc, stride_gb, stride_gc, stride_ob, stride_oc, False,
+            )  # fmt: skip
+            total += tl.sum(tl.where(is_row, u, 0.0), 0)[None, :]
         mean = total / batch
+        tl.debug_barrier()  # other threads may have stored the u that one reads from here on
         squares = tl.zeros((1, COLUMNS), tl.float32)
         for b0 in range(first, last, ROWS):
-            b, is_row = rows_at(b0, batch, ROWS, INT64)
-            z = tl.load(x_ptr + b * stride_xb, mask=is_row & is_column, other=0.0).to(tl.float32) + bias
-            centred = tl.where(is_row, z - mean, 0.0)
+            b, is_row = _rows_at(b0, batch, ROWS, INT64)
+            u = _sum_at(
+                x_ptr, skip_ptr, gate_ptr, u_ptr, b, c, is_row & is_column, bias, stride_xb, stride_xc, stride_kb,
+                stride_kc, stride_gb, stride_gc, stride_ob, stride_oc, True,
+            )  # fmt: skip
+            centred = tl.where(is_row, u - mean, 0.0)
             squares += tl.sum(centred * centred, 0)[None, :]
         var = squares / (batch - 1.0)
         tl.store(mean_ptr + c, mean, mask=is_column)
         tl.store(var_ptr + c, var, mask=is_column)
     if NORM == GIVEN:
-        mean = load_columns(given_mean_ptr, c, is_column, 0.0)
-        var = load_columns(given_var_ptr, c, is_column, 1.0)
+        mean = _load_columns(given_mean_ptr, c, is_column, 0.0)
+        var = _load_columns(given_var_ptr, c, is_column, 1.0)
     if NORM:
         gain = _reciprocal_deviation(var, batch, eps, NORM)
-        weight = load_columns(weight_ptr, c, is_column, 1.0)
-        shift = load_columns(shift_ptr, c, is_column, 0.0)
+        weight = _load_columns(weight_ptr, c, is_column, 1.0)
+        shift = _load_columns(shift_ptr, c, is_column, 0.0)
     for b0 in range(first, last, ROWS):
-        b, is_row = rows_at(b0, batch, ROWS, INT64)
-        u = tl.load(x_ptr + b * stride_xb, mask=is_row & is_column, other=0.0).to(tl.float32) + bias
+        b, is_row = _rows_at(b0, batch, ROWS, INT64)
+        n = _sum_at(
+            x_ptr, skip_ptr, gate_ptr, u_ptr, b, c, is_row & is_column, bias, stride_xb, stride_xc, stride_kb,
+            stride_kc, stride_gb, stride_gc, stride_ob, stride_oc, NORM == OF_BATCH,
+        )  # fmt: skip
         if NORM:
-            u = (u - mean) * gain * weight + shift
-        y = activate(u, ACTIVATION, EXACT).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + b * stride_yb, y, mask=is_row & is_column)
+            n = (n - mean) * gain * weight + shift
+        if y_ptr is not None:
+            _store(y_ptr, b, c, stride_ob, stride_oc, activate(n, ACTIVATION, EXACT), is_row & is_column)
 
 
 @triton.jit
 def _d_and_h(
-    x_ptr, grad_ptr, inside, bias, mean, gain, weight, shift, NORM: tl.constexpr, ACTIVATION: tl.constexpr
-):
-    """d = act'(u) dL/dy and h, from x and the gradient of y."""
-    h = tl.load(x_ptr, mask=inside, other=0.0).to(tl.float32) + bias
-    grad = tl.load(grad_ptr, mask=inside, other=0.0).to(tl.float32)
+    u_ptr, grad_ptr, b, c, stride_ub, stride_uc, stride_yb, stride_yc, inside, bias, mean, gain, weight, shift,
+    NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """d = act'(n) dL/dy and h, from u - bias and the gradient of y."""
+    h = _load(u_ptr, b, c, stride_ub, stride_uc, inside) + bias
+    grad = _load(grad_ptr, b, c, stride_yb, stride_yc, inside)
     if NORM:
         h = (h - mean) * gain
-        u = h * weight + shift
+        n = h * weight + shift
     else:
-        u = h
-    return tl.where(inside, grad * _slope(u, ACTIVATION), 0.0), h
+        n = h
+    return tl.where(inside, grad * _slope(n, ACTIVATION), 0.0), h
 
 
 @triton.jit(do_not_specialize=["batch", "rows_each"])
 def _norm_activate_backward_kernel(
-    x_ptr, bias_ptr, weight_ptr, shift_ptr, mean_ptr, var_ptr, grad_ptr, dx_ptr, dbias_ptr, dweight_ptr, dshift_ptr,
-    batch, width, rows_each, stride_xb, stride_xc, stride_gb, stride_gc, stride_db, stride_dc, eps,
-    NORM: tl.constexpr, ACTIVATION: tl.constexpr, SUMS: tl.constexpr, INPUT: tl.constexpr, INT64: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    u_ptr, x_ptr, bias_ptr, gate_ptr, weight_ptr, shift_ptr, mean_ptr, var_ptr, grad_u_ptr, grad_y_ptr, dx_ptr,
+    dbias_ptr, dskip_ptr, dgate_ptr, dweight_ptr, dshift_ptr, batch, width, rows_each, stride_ub, stride_uc,
+    stride_xb, stride_xc, stride_gb, stride_gc, stride_sb, stride_sc, stride_yb, stride_yc, stride_db, stride_dc,
+    stride_dgb, stride_dgc, eps, NORM: tl.constexpr, ACTIVATION: tl.constexpr, WITH_SUM: tl.constexpr,
+    ONE_GATE: tl.constexpr, INT64: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    c, is_column, first = part_of(width, rows_each, COLUMNS, INT64)
+    """u_ptr holds u ``WITH_SUM``, otherwise x."""
+    c, is_column, first = _part_of(width, rows_each, COLUMNS, INT64)
     last = tl.minimum(first + rows_each, batch)
-    bias = load_columns(bias_ptr, c, is_column, 0.0)
-    mean = load_columns(mean_ptr, c, is_column, 0.0)
-    weight = load_columns(weight_ptr, c, is_column, 1.0)
-    shift = load_columns(shift_ptr, c, is_column, 0.0)
+    bias = _load_columns(bias_ptr, c, is_column, 0.0)
+    rest = tl.zeros((1, COLUMNS), tl.float32) if WITH_SUM else bias
+    mean = _load_columns(mean_ptr, c, is_column, 0.0)
+    weight = _load_columns(weight_ptr, c, is_column, 1.0)
+    shift = _load_columns(shift_ptr, c, is_column, 0.0)
     gain = tl.full((1, COLUMNS), 1.0, tl.float32)
     if NORM:
-        gain = _reciprocal_deviation(load_columns(var_ptr, c, is_column, 1.0), batch, eps, NORM)
-    x_ptr += c * stride_xc
-    grad_ptr += c * stride_gc
-    dx_ptr += c * stride_dc
+        gain = _reciprocal_deviation(_load_columns(var_ptr, c, is_column, 1.0), batch, eps, NORM)
     sum_d = tl.zeros((1, COLUMNS), tl.float32)
     sum_dh = tl.zeros((1, COLUMNS), tl.float32)
-    if SUMS:
+    sum_x = tl.zeros((1, COLUMNS), tl.float32)
+    sum_g = tl.zeros((1, COLUMNS), tl.float32)
+    if NORM == OF_BATCH and grad_y_ptr is not None:
         for b0 in range(first, last, ROWS):
-            b, is_row = rows_at(b0, batch, ROWS, INT64)
+            b, is_row = _rows_at(b0, batch, ROWS, INT64)
             d, h = _d_and_h(
-                x_ptr + b * stride_xb, grad_ptr + b * stride_gb, is_row & is_column, bias, mean, gain, weight,
-                shift, NORM, ACTIVATION,
+                u_ptr, grad_y_ptr, b, c, stride_ub, stride_uc, stride_yb, stride_yc, is_row & is_column, rest, mean,
+                gain, weight, shift, NORM, ACTIVATION,
             )  # fmt: skip
             sum_d += tl.sum(d, 0)[None, :]
             sum_dh += tl.sum(d * h, 0)[None, :]
-        if dbias_ptr is not None:
-            scaled = tl.zeros_like(sum_d) if NORM == OF_BATCH else sum_d * (weight * gain)
-            tl.store(dbias_ptr + c, scaled, mask=is_column)
-        if dweight_ptr is not None:
-            tl.store(dweight_ptr + c, sum_dh, mask=is_column)
-        if dshift_ptr is not None:
-            tl.store(dshift_ptr + c, sum_d, mask=is_column)
-    if INPUT:
-        for b0 in range(first, last, ROWS):
-            b, is_row = rows_at(b0, batch, ROWS, INT64)
+    for b0 in range(first, last, ROWS):
+        b, is_row = _rows_at(b0, batch, ROWS, INT64)
+        inside = is_row & is_column
+        e = tl.zeros((ROWS, COLUMNS), tl.float32)
+        if grad_u_ptr is not None:
+            e = _load(grad_u_ptr, b, c, stride_sb, stride_sc, inside)
+        of_bias = e
+        if grad_y_ptr is not None:
             d, h = _d_and_h(
-                x_ptr + b * stride_xb, grad_ptr + b * stride_gb, is_row & is_column, bias, mean, gain, weight,
-                shift, NORM, ACTIVATION,
+                u_ptr, grad_y_ptr, b, c, stride_ub, stride_uc, stride_yb, stride_yc, inside, rest, mean, gain,
+                weight, shift, NORM, ACTIVATION,
             )  # fmt: skip
             if NORM == OF_BATCH:
-                d = d - sum_d / batch - h * (sum_dh / batch)
+                d = tl.where(inside, d - sum_d / batch - h * (sum_dh / batch), 0.0)
+            elif dshift_ptr is not None:
+                sum_d += tl.sum(d, 0)[None, :]
+            if NORM != OF_BATCH and dweight_ptr is not None:
+                sum_dh += tl.sum(d * h, 0)[None, :]
             if NORM:
                 d = d * (weight * gain)
-            tl.store(dx_ptr + b * stride_db, d.to(dx_ptr.dtype.element_ty), mask=is_row & is_column)
+            e += d
+            if NORM != OF_BATCH:  # of which the sum over the batch is 0
+                of_bias = e
+        if dskip_ptr is not None:
+            _store(dskip_ptr, b, c, stride_db, stride_dc, e, inside)
+        if gate_ptr is not None:
+            s = sigmoid(_load(gate_ptr, b, c, stride_gb, stride_gc, inside))
+            e *= s
+            of_bias = e
+            if dgate_ptr is not None:
+                dgate = e * (_load(x_ptr, b, c, stride_xb, stride_xc, inside) + bias) * (1.0 - s)
+                if ONE_GATE:
+                    sum_g += tl.sum(dgate, 0)[None, :]
+                else:
+                    _store(dgate_ptr, b, c, stride_dgb, stride_dgc, dgate, inside)
+        if dx_ptr is not None:
+            _store(dx_ptr, b, c, stride_db, stride_dc, e, inside)
+        if dbias_ptr is not None:
+            sum_x += tl.sum(of_bias, 0)[None, :]
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + c, sum_x, mask=is_column)
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + c, sum_dh, mask=is_column)
+    if dshift_ptr is not None:
+        tl.store(dshift_ptr + c, sum_d, mask=is_column)
+    if ONE_GATE and dgate_ptr is not None:
+        tl.store(dgate_ptr + c, sum_g, mask=is_column)
 
 
-def grid_of(x: Tensor, sums: bool) -> tuple[tuple[int], int, dict[str, int]]:
+def _grid_of(x: Tensor, sums: bool) -> tuple[tuple[int], int, dict[str, int]]:
     """(grid, rows per program, tile) for x [B, H]; ``sums``: a program takes all rows of its columns."""
     tile = SUMMING if sums else ELEMENTWISE
     rows = max(x.shape[0], 1) if sums else tile["ROWS"]
@@ -203,43 +278,70 @@ def _contiguous(*parameters: Tensor | None) -> list[Tensor | None]:
     return [None if parameter is None else parameter.contiguous() for parameter in parameters]
 
 
+def _strides(*tensors: Tensor | None) -> list[int]:
+    """Those of each tensor; 0 for None."""
+    return [stride for t in tensors for stride in ((0, 0) if t is None else t.stride())]
+
+
+def _rows_of(gate: Tensor | None, x: Tensor) -> Tensor | None:
+    """The gate of every row: a single one is repeated, with a stride of 0."""
+    return gate if gate is None else gate.expand(x.shape)
+
+
 def launch_norm_activate(
-    x: Tensor, bias: Tensor | None, weight: Tensor | None, shift: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, norm: int, eps: float, activation: int,
+    x: Tensor, bias: Tensor | None, skip: Tensor | None, gate: Tensor | None, weight: Tensor | None,
+    shift: Tensor | None, mean: Tensor | None, var: Tensor | None, norm: int, eps: float, activation: int,
+    with_sum: bool, y: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(y like x, mean and unbiased variance [H] fp32 of the batch, or None)."""
-    y, parameters = torch.empty_like(x), _contiguous(bias, weight, shift, mean, var)
+    """(u and y like x, mean and unbiased variance [H] fp32 of the batch), or None; ``y``: memory for y."""
     of_batch = norm == OF_BATCH.value
+    u = torch.empty_like(x) if with_sum else None
+    y = torch.empty_like(x) if activation >= 0 and y is None else y
     found = [x.new_empty(x.shape[1], dtype=torch.float32) if of_batch else None for _ in range(2)]
     if x.numel() > 0:
-        grid, rows, tile = grid_of(x, of_batch)
+        grid, rows, tile = _grid_of(x, of_batch)
+        bias, *parameters = _contiguous(bias, weight, shift, mean, var)
+        gate = _rows_of(gate, x)
         _norm_activate_kernel[grid](
-            x, *parameters, y, *found, *x.shape, rows, *x.stride(), *y.stride(), eps, NORM=norm,
-            ACTIVATION=activation, INT64=needs_int64(x, y), **tile, **UNFUSED,
+            x, bias, skip, gate, *parameters, u, y, *found, *x.shape, rows,
+            *_strides(x, skip, gate, u if y is None else y), eps, NORM=norm, ACTIVATION=activation,
+            INT64=needs_int64(x, skip, gate, u, y), **tile, **UNFUSED,
         )  # fmt: skip
-    return y, *found
+    return u, y, *found
 
 
 def launch_norm_activate_backward(
-    x: Tensor, bias: Tensor | None, weight: Tensor | None, shift: Tensor | None, mean: Tensor | None,
-    var: Tensor | None, batch_mean: Tensor, batch_var: Tensor, grad: Tensor | None, grad_mean: Tensor | None,
-    grad_var: Tensor | None, norm: int, eps: float, activation: int, needs: Sequence[bool],
+    u: Tensor, x: Tensor | None, bias: Tensor | None, gate: Tensor | None, weight: Tensor | None,
+    shift: Tensor | None, mean: Tensor | None, var: Tensor | None, batch_mean: Tensor, batch_var: Tensor,
+    grad_u: Tensor | None, grad_y: Tensor | None, grad_mean: Tensor | None, grad_var: Tensor | None, norm: int,
+    eps: float, activation: int, with_sum: bool, needs: Sequence[bool], dx: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dx, dbias, dweight, dshift, None, None); None where not needed. No caller differentiates the statistics."""
+    """(dx, dbias, dskip, dgate, dweight, dshift, None, None); None where not needed.
+
+    x is None where it is not saved; ``dx``: memory for dx. No caller differentiates the statistics.
+    """
     of_batch = norm == OF_BATCH.value
+    stored: Any = u if with_sum else x
     statistics = (batch_mean, batch_var) if of_batch else (mean, var)
-    parameters = _contiguous(bias, weight, shift, *statistics)
-    g = x.new_zeros(()).expand_as(x) if grad is None else grad
-    dx = torch.empty_like(x)
-    made = x.new_zeros if x.numel() == 0 else x.new_empty
-    sums = [made(x.shape[1], dtype=torch.float32) if need else None for need in needs[1:4]]
-    if x.numel() > 0:
-        summing = of_batch or any(needs[1:4])
-        grid, rows, tile = grid_of(x, summing)
+    made = stored.new_zeros if stored.numel() == 0 else stored.new_empty
+    dx = torch.empty_like(stored) if needs[0] and dx is None else dx
+    dskip = torch.empty_like(stored) if needs[2] else None
+    sums = [made(stored.shape[1], dtype=torch.float32) if needs[i] else None for i in (1, 4, 5)]
+    one, dgate = gate is not None and gate.shape[0] == 1, None
+    if needs[3] and gate is not None:
+        dgate = made(gate.shape, dtype=torch.float32) if one else torch.empty_like(gate)
+    if stored.numel() > 0:
+        summing = of_batch or any(s is not None for s in sums) or (one and needs[3])
+        grid, rows, tile = _grid_of(stored, summing)
+        bias_, *parameters = _contiguous(bias, weight, shift, *statistics)
+        gates = _rows_of(gate, stored)
         _norm_activate_backward_kernel[grid](
-            x, *parameters, g, dx, *sums, *x.shape, rows, *x.stride(), *g.stride(), *dx.stride(), eps, NORM=norm,
-            ACTIVATION=activation, SUMS=summing, INPUT=needs[0], INT64=needs_int64(x, g, dx), **tile, **UNFUSED,
+            stored, x if needs[3] else None, bias_, gates, *parameters, grad_u, grad_y, dx, sums[0], dskip, dgate,
+            *sums[1:], *stored.shape, rows,
+            *_strides(stored, x, gates, grad_u, grad_y, dskip if dx is None else dx, dgate), eps, NORM=norm,
+            ACTIVATION=activation, WITH_SUM=with_sum, ONE_GATE=one,
+            INT64=needs_int64(stored, x, gates, grad_u, grad_y, dx, dskip, dgate), **tile, **UNFUSED,
         )  # fmt: skip
-    of_parameters = zip(sums, (bias, weight, shift), strict=True)
-    gradients = [s if s is None or t is None else s.to(t.dtype) for s, t in of_parameters]
-    return dx if needs[0] else None, *gradients, None, None
+    found = zip((sums[0], dgate, *sums[1:]), (bias, gate, weight, shift), strict=True)
+    dbias, dgate, *of_norm = [s if s is None or t is None else s.to(t.dtype) for s, t in found]
+    return dx, dbias, dskip, dgate, *of_norm, None, None

@@ -110,6 +110,16 @@ def describe(value: Any, seen: dict[int, int], name: str = "the model") -> Any:
     raise TypeError(f"cannot save {name}, an argument of type {type(value).__name__}")
 
 
+def _how_to_save(module: nn.Module) -> str:
+    """What to do about a module whose class is not registered."""
+    if not type(module).__module__.startswith("torch."):
+        return "register its class with linfast.io.register"
+    for inside in ("_orig_mod", "module"):  # of torch.compile, and of DDP and others
+        if isinstance(getattr(module, inside, None), nn.Module):
+            return f"save the model inside it, model.{inside}"
+    return "make it in a class of your own, registered with linfast.io.register"
+
+
 def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     cls, kind = type(module), type(module).__name__
     if not is_described(module):
@@ -117,7 +127,7 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
         advice = "; remove its parametrizations (torch.nn.utils.parametrize) first" if parametrized else ""
         if isinstance(module, OtherBase):
             raise TypeError(f"cannot save {module}: give Density a module of a registered class that returns it")
-        raise TypeError(f"cannot save a {kind}: register its class with linfast.io.register{advice}")
+        raise TypeError(f"cannot save a {kind}: {_how_to_save(module)}{advice}")
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
     # The signature of __init__, not of the class: a module without its own constructor takes no arguments.
     own = cls.__init__ is not nn.Module.__init__

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import numbers
-import warnings
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,14 +20,18 @@ from torch.distributions import Distribution
 
 from .base_distributions import FixedBase, check_fits, kept, log_density
 from .checks import DTYPES, check_count, check_counts, check_dense, check_kind
-from .dispatch import capturing, has_values, without_autocast
+from .data_scale import (
+    begins_with_actnorm,
+    check_takes,
+    in_front,
+    insert_when_loaded,
+    standardizing,
+    warn_of_scale,
+)
+from .dispatch import without_autocast
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
-from .flows.flow import Flow
 from .hub import HubMethods
-
-_LEAST_ROWS = 16  # batches of fewer samples do not tell the scale of the data
-_FARTHEST_MEAN, _STDS = 10.0, (0.1, 10.0)
 
 
 class Density(nn.Module, HubMethods):
@@ -72,6 +76,7 @@ class Density(nn.Module, HubMethods):
         self.embedding = embedding
         self.shape = _shape(flow, base, shape)
         self._scale_is_known = any(isinstance(module, ActNorm) for module in flow.modules())
+        self.register_load_state_dict_pre_hook(insert_when_loaded)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``log_prob(x, context)``."""
@@ -92,7 +97,7 @@ class Density(nn.Module, HubMethods):
             given = self._given(context, x.shape[0], "x")
         z, log_det = self.flow.forward_and_log_det(x, **given)
         if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
-            self._check_scale(x)
+            self._scale_is_known = warn_of_scale(x)
         return self._base_log_prob(z) + log_det
 
     @torch.no_grad()
@@ -129,31 +134,24 @@ class Density(nn.Module, HubMethods):
         """Shift and scale data to mean 0 and standard deviation 1 per feature (channel), by those of x [N, ...].
 
         The first layer of ``flow`` is then an ActNorm with these values, which is not trained; the names in the
-        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. ``log_prob`` and samples stay
-        in the units of the data. In a torch.distributed process group all processes call it together, and the
-        values are those of all their data. Returns the density itself.
+        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. Where a state with this layer
+        is loaded into a density without it, the layer is added. ``log_prob`` and samples stay in the units of the
+        data. In a torch.distributed process group all processes call it together, and the values are those of all
+        their data. Returns the density itself.
 
         Raises:
-            ValueError: a feature that is constant in x, or values that are not finite.
+            ValueError: a feature that is constant in x, or values that are not finite; a layer that does not take
+                standardized values, such as a logit.
             RuntimeError: the flow begins with an ActNorm already.
         """
-        if _begins_with_actnorm(self.flow):
+        if begins_with_actnorm(self.flow):
             raise RuntimeError(
                 "the flow begins with an ActNorm already (standardize puts one there), which sets the scale of the "
                 "data: make a new Density to standardize by other data"
             )
         self.flow._check("x", x, self.flow.features)
-        numbers = torch.finfo(x.dtype)
-        layer = ActNorm(x.shape[1], min_std=numbers.tiny).to(x).requires_grad_(False)
-        layer.initialize(x)
-        constant = (-layer.log_scale).exp() <= numbers.eps * layer.bias.abs() + numbers.tiny
-        if features := constant.nonzero().flatten().tolist():
-            raise ValueError(
-                f"x {tuple(x.shape)} is constant in features {features[:9]}: leave them out, or add noise"
-            )
-        layers, memory = (list(self.flow), self.flow.memory) if type(self.flow) is Flow else ([self.flow], "auto")
-        flow = Flow([layer, *layers], self.flow.features, self.flow.shape, memory)
-        flow.training = layer.training = self.flow.training
+        flow = in_front(standardizing(x), self.flow)
+        check_takes(flow, x)
         self.flow, self._scale_is_known = flow, True
         return self
 
@@ -189,6 +187,8 @@ class Density(nn.Module, HubMethods):
         try:
             vectors = self.embedding(context)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, RuntimeError) and not _of_input(error):
+                raise
             shown = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context {shown} is refused by the embedding: {error}") from error
         return check_dense("what the embedding makes of context", vectors)
@@ -237,26 +237,10 @@ class Density(nn.Module, HubMethods):
 
         return without_autocast(like.device.type, draw).to(like.dtype)
 
-    def _check_scale(self, x: Tensor) -> None:
-        """Warn where x is far from unit scale. It reads x on the host, once."""
-        if x.shape[0] < _LEAST_ROWS or not has_values(x) or capturing(x):
-            return
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return
-        self._scale_is_known = True
-        values = x.detach().transpose(0, 1).flatten(1).double()
-        mean, std = values.mean(1), values.std(1)
-        far = (mean.abs() > _FARTHEST_MEAN) | (std < _STDS[0]) | (std > _STDS[1])
-        for i in far.nonzero().flatten().tolist()[:1]:
-            warnings.warn(
-                f"Density: the data are far from mean 0 and standard deviation 1 (feature {i}: mean {mean[i]:.4g}, "
-                f"deviation {std[i]:.4g}) and would fit slowly: call p.standardize(x) with the training data",
-                stacklevel=3,
-            )
 
-
-def _begins_with_actnorm(flow: Bijection) -> bool:
-    return isinstance(flow, Flow) and len(flow) > 0 and isinstance(flow[0], ActNorm)
+def _of_input(error: RuntimeError) -> bool:
+    """Whether an error of torch is about an input's shape, dtype or device, and not about memory, say."""
+    return type(error) is RuntimeError and re.search("shape|size|dimension|type|device", str(error)) is not None
 
 
 def _shape(flow: Bijection, base: Any, shape: Sequence[int] | None) -> tuple[int, ...] | None:

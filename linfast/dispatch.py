@@ -66,7 +66,17 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or a forward-mode derivative, is being computed."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+
+
+def is_forward_mode() -> bool:
+    """Whether a forward-mode derivative is being computed, as by torch.func.jvp and jacfwd."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def is_traced() -> bool:
+    """Whether torch.compile, torch.export or torch.jit.trace is tracing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def call_key(x: Tensor, context: Mapping[str, Any], *more: Hashable) -> Hashable | None:

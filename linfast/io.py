@@ -120,7 +120,8 @@ def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> An
     """
     path, place = check_path("path", path, utf8=True), usable_device(device)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
+        what = "a folder and no file (from_pretrained reads the folders of save_pretrained)"
+        raise FileNotFoundError(f"{path}: {what if path.is_dir() else 'no such file'}")
     try:
         return _loaded(path, place)
     except (RecursionError, ValueError) as error:

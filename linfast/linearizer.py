@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -218,8 +218,8 @@ class Linearizer(nn.Module, HubMethods):
 class LinearizerSVD:
     """The SVD of f in data space: S [k], and singular vectors ``left`` [k, *shape_y] and ``right`` [k, *shape_x].
 
-    Unpacks as ``left, S, right``. ``operator`` is the SVD of A, whose ``rest`` is the value
-    of all singular values that are not in S.
+    It unpacks as ``left, S, right``, which are also svd[0], svd[1] and svd[2]. ``operator`` is the SVD of A, with
+    ``U``, ``S`` and ``Vh``; its ``rest`` is the value of all singular values that are not in S.
     """
 
     def __init__(self, g_x: nn.Module, operator: SVD, g_y: nn.Module) -> None:
@@ -239,8 +239,25 @@ class LinearizerSVD:
         """v_i = g_x^{-1}(Vh[i])."""
         return decode_latents(self.g_x, self.operator.Vh.contiguous(), {})
 
+    def __len__(self) -> int:
+        return 3
+
+    def __getitem__(self, index: int) -> Tensor:
+        return getattr(self, ("left", "S", "right")[index])
+
     def __iter__(self) -> Iterator[Tensor]:
-        return iter((self.left, self.S, self.right))
+        return map(self.__getitem__, range(len(self)))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        advice = "; see left and right, or operator for the SVD of A" if name in ("U", "V", "Vh") else ""
+        raise AttributeError(f"'LinearizerSVD' object has no attribute {name!r}{advice}")
+
+    def __repr__(self) -> str:
+        U, S, Vh = self.operator
+        k, y, x = S.shape[0], *(
+            getattr(g, "shape", None) or (n,) for g, n in ((self.g_y, U.shape[0]), (self.g_x, Vh.shape[1]))
+        )  # fmt: skip
+        return f"LinearizerSVD(left={[k, *y]}, S={[k]}, right={[k, *x]})"
 
     def linearizer(self, rank: int | None = None) -> Linearizer:
         """The Linearizer with this SVD; with ``rank``, the nearest Linearizer of that rank in the induced spaces.

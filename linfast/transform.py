@@ -5,11 +5,20 @@ y = g(x),   log|det dy/dx| of the Jacobian, for x [..., *event]: any number of b
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 from torch import Tensor
 from torch.distributions import Transform, constraints
+from torch.distributions.transforms import _InverseTransform
 
 from .checks import check_count, check_dense, check_kind
 from .flows.bijection import Bijection
+
+
+class _Inverted(_InverseTransform):
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__
 
 
 class FlowTransform(Transform):
@@ -46,6 +55,19 @@ class FlowTransform(Transform):
         return constraints.independent(constraints.real, self._event)
 
     codomain = domain
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cached_x_y": (None, None)}  # a result of the flow cannot be copied
+
+    @property
+    def inv(self) -> Transform:
+        """The transform from noise to data. torch's own loses its transform where it is copied or pickled."""
+        kept: Any = self._inv  # a weak reference, as in torch's own
+        inverse = None if kept is None else kept()
+        if inverse is None:
+            inverse = _Inverted(self)
+            self._inv = weakref.ref(inverse)  # type: ignore[assignment]
+        return inverse
 
     def with_cache(self, cache_size: int = 1) -> FlowTransform:
         cache_size = check_count("cache_size", cache_size, least=0, most=1)

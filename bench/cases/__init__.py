@@ -13,10 +13,9 @@ from ..harness import Case, Size
 __all__ = ["CASES", "sizes", "words"]
 
 _MODULES = {
-    "ops": (
-        *("affine_coupling", "channel_mix", "coupling_mix", "coupling_stack", "low_rank", "latent_matmul"),
-        *("depthwise_conv", "group_norm_silu", "conv2d_fused", "masked_autoregressive", "rq_spline"),
-    ),
+    "ops": ("affine_coupling", "channel_mix", "coupling_mix", "low_rank", "latent_matmul"),
+    "network_ops": ("coupling_stack", "masked_autoregressive", "rq_spline"),
+    "image_ops": ("depthwise_conv", "group_norm_silu", "conv2d_fused"),
     "flows": ("coupling_flow", "peers", "libraries", "reversible"),
     "models": ("linearizer", "streams", "density", "residual_mlp"),
     "autoregressive": ("autoregressive",),

@@ -20,6 +20,9 @@ from ..rounding import has_kernels
 from ..timing import as_tuple
 
 FORWARD, INVERSE, BACKWARD, TRAIN = "forward", "inverse", "forward+backward", "training step"
+BOTH = (FORWARD, BACKWARD)
+DTYPES = ("float32", "bfloat16")
+FP32: Size = {"direction": FORWARD, "dtype": "float32"}
 Call = Callable[..., tuple[Tensor, ...]]
 Function = Callable[..., Any]  # of tensors, to Outputs
 _Made = TypeVar("_Made")
@@ -47,6 +50,11 @@ class Source:
     def normal(self, *shape: int) -> Tensor:
         """A standard normal tensor of this shape."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(self.dtype)
+
+    def image(self, size: Size) -> Tensor:
+        """Standard normal images with C (or D) channels and ``side`` x ``side`` pixels; ``side`` 1 is a vector."""
+        batch, channels, side = ints(size, "batch", "C" if "C" in size else "D", "side")
+        return self.normal(batch, channels, *([side, side] if side != 1 else []))
 
     def below(self, count: int, n: int) -> Tensor:
         """``n`` whole numbers in [0, count)."""

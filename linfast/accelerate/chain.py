@@ -18,8 +18,9 @@ from ..flows.reversible import Step, drops, inverts, reversible
 from ..flows.undo import Context, Made, Outputs, Undone, undo
 from .adapter import Adapter, Draw, Options, Plan, Stub, Unfit, adapter_for
 from .evaluate_once import recalling
-from .fused import Fused, Maps, Together
+from .fused import Fused, Together
 from .identity import PLAN, changed_method
+from .maps import Maps
 from .spline_chain import SplineChain
 from .spline_curves import Other
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..dispatch import has_global_hook, tensor_of, uses_triton
 from ..ops.affine_coupling import affine_coupling, split_sizes
 from ..rows import by_rows, checks_all_lengths, is_worth_cutting, rows_at_once, rows_in_cache
-from .adapter import ORIGINAL, Adapter, Draw, Options, Plan, Stub
+from .adapter import ORIGINAL, Adapter, Draw, Options, Plan, Stub, put_inside
 from .identity import PLAN
 from .launch import lone_launch
 from .mlp import MLP, find_mlp
@@ -64,10 +64,7 @@ def coupling_adapter(
             side = sides[i * len(sides) // len(conditioners)]
             n_in, n_out = side.widths(*map(len, side.split.features_of(features)))
             stubs[id(net)] = made(n_in + extra(module), n_out, draw)
-        for inside in [*module.modules()]:
-            for name, child in [*inside._modules.items()]:
-                if id(child) in stubs:
-                    inside._modules[name] = stubs[id(child)]
+        put_inside(module, stubs)
 
     def probe(module: Any, draw: Draw) -> list[Tensor]:
         outputs: list[Tensor] = []

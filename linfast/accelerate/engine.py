@@ -10,6 +10,8 @@ from torch import nn
 
 from ..checks import check_choice
 from ..dispatch import has_global_hook
+from ..flows.bijection import Bijection
+from ..linearizer import Linearizer
 from ..precision import PRECISIONS
 from .adapter import Adapter, Options, Unfit, adapter_for, parent_adapter
 from .chain import fused_of
@@ -98,7 +100,8 @@ def accelerate(
     except BaseException:
         restore(model)
         raise
-    return Report(tuple(rows), precision, unknown)
+    own = any(isinstance(o, (Bijection, Linearizer)) for _, o in _objects(model))
+    return Report(tuple(rows), precision, unknown, own)
 
 
 def restore(model: Any) -> None:

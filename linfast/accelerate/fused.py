@@ -13,9 +13,7 @@ replaced (flows/remembered.py) or a mask has other values: ``Together.renewed``.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,64 +24,16 @@ from ..flows.remembered import Evidence
 from ..flows.undo import Outputs
 from ..rows import by_rows, rows_at_once
 from .adapter import ORIGINAL, Options, Plan, Unfit, adapter_for, untrained
-from .identity import PLAN, changed_method, defined_as, is_hooked, is_patched, original_class
-from .launch import Coupling, Launch, Member, launch_of, members_of
+from .identity import PLAN, changed_method, is_hooked, is_patched, original_class
+from .launch import Launch, launch_of
 from .loop import NO_CONTEXT, Run, loops_of
-from .sides import Affine, Index
+from .maps import Flat, Maps
+from .members import Coupling, Member, members_of
+from .sides import Index
 from .spline_curves import CURVE_METHODS
 
-Flat = Callable[[Any], Iterator[tuple[str, nn.Module]]]
-
-
-@dataclass(frozen=True)
-class Maps:
-    """The invertible classes of one or several libraries, other than couplings.
-
-    Args:
-        library: names of the packages that define the classes.
-        methods: names of the methods and properties that must be unmodified in the classes that have them.
-        of: {class name: module -> its permutation or affine map of vectors, or None to run the library's own code}.
-        others: names of the classes that always run by the library's own code.
-        initialises: whether a module's next call may set its parameters from the batch, as an ActNorm's first does.
-    """
-
-    library: tuple[str, ...]
-    methods: tuple[str, ...]
-    of: Mapping[str, Callable[[Any], Index | Affine | None]]
-    others: tuple[str, ...] = ()
-    initialises: Callable[[Any], bool] = lambda module: False
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return (*self.of, *self.others)
-
-    def known(self, module: nn.Module) -> bool:
-        """Whether the module is of one of these classes, with unmodified methods."""
-        cls = original_class(module)
-        found = cls.__qualname__ in self.names and cls.__module__.partition(".")[0] in self.library
-        return found and changed_method(module, self.methods_of(cls)) is None
-
-    def methods_of(self, cls: type) -> list[str]:
-        return [name for name in self.methods if hasattr(cls, name)]
-
-    def rows_apart(self, modules: Iterable[nn.Module]) -> bool:
-        """Whether no row that the next call of these modules gets changes the result of another."""
-        return all(self.known(module) and not self.initialises(module) for module in modules)
-
-
-def listed(attribute: str, *nested: tuple[str, str]) -> Flat:
-    """A Flat: the members in a chain's list ``attribute``, and those of chains of the ``nested`` classes in it."""
-
-    def flat(chain: Any, where: str = "") -> Iterator[tuple[str, nn.Module]]:
-        for i, member in enumerate(getattr(chain, attribute)):
-            name = f"{where}{attribute}[{i}]"
-            if nested and any(defined_as(member, *cls) for cls in nested):
-                yield from flat(member, f"{name}.")
-            else:
-                yield name, member
-
-    return flat
-
+Recognise = Callable[[nn.Module, Maps], tuple[Sequence[Any], Iterable[Tensor]] | None]
+"""(a module as members, the tensors whose values they were read from), or None: its library's own code runs."""
 
 _FEWEST = 2  # couplings
 _CALLED = "forward", "inverse"  # the methods of a nested chain that its own chain would call
@@ -109,15 +59,36 @@ class Together:
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         self._arguments, self._options = (flat, run, maps, options), options
 
-    def _remember(self, chain: nn.Module, recognised: Sequence[nn.Module], masks: Iterable[Tensor]) -> None:
-        """What was recognised holds until ``renewed`` finds a change of these members or of their masks' values."""
-        nested = [*_nested(chain, [module for _, module in self._arguments[0](chain)])]
+    def _find(self, chain: nn.Module, recognise: Recognise) -> tuple[list[Any], list[nn.Module]]:
+        """(the members in order, the modules that were recognised); what was not recognised stays a module.
+
+        This holds until ``renewed`` finds a change of the recognised modules or of their masks' values.
+        """
+        flat, _, maps, _ = self._arguments
+        members: list[Any] = []
+        recognised: list[nn.Module] = []
+        masks: list[Tensor] = []
+        for _, module in flat(chain):
+            found = recognise(module, maps)
+            members += [module] if found is None else found[0]
+            recognised += [] if found is None else [module]
+            masks += [] if found is None else found[1]
+        nested = [*_nested(chain, [module for _, module in flat(chain)])]
         for module in nested:
             if is_hooked(module) or changed_method(module, _CALLED) is not None:
                 raise Unfit(f"its nested {type(module).__name__} has a hook or a replaced method")
-        self._children, maps = chain._modules, self._arguments[2]
-        self._evidence = _evidence(chain, nested, recognised, masks, maps)
-        self._alone = [*recognised] == [chain]  # the evidence then holds all of its attributes
+        lists = [held for each in (chain, *nested) for held in _lists(each)]
+        functions = [(original_class(module), name) for module in nested for name in _CALLED]
+        for module in recognised:
+            adapter = adapter_for(module)
+            names = maps.methods if adapter is None else (*adapter.methods, *adapter.assumes)
+            inner = {original_class(inside) for inside in module.modules()}
+            of_classes = [(original_class(module), names), *((cls, CURVE_METHODS) for cls in inner)]
+            functions += [(cls, name) for cls, own in of_classes for name in own if hasattr(cls, name)]
+        self._children = chain._modules
+        self._evidence = Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
+        self._alone = recognised == [chain]  # the evidence then holds all of its attributes
+        return members, recognised
 
     def plan(self, chain: nn.Module) -> Plan:
         """The chain's plan. It reports which code runs on this device and on a GPU."""
@@ -158,18 +129,7 @@ class Fused(Together):
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         super().__init__(chain, flat, run, maps, options)
-        members: list[Member] = []
-        recognised: list[nn.Module] = []
-        masks: list[Tensor] = []
-        for _, module in flat(chain):
-            found = recognise(module, maps)
-            if found is None:
-                members.append(module)
-                continue
-            members += found[0]
-            masks += found[1]
-            recognised.append(module)
-        self._remember(chain, recognised, masks)
+        members, recognised = self._find(chain, recognise)
         self.couplings = couplings = [member for member in members if isinstance(member, Coupling)]
         sizes = {coupling.features for coupling in couplings}
         if len(couplings) < _FEWEST or len(sizes) > 1:
@@ -254,33 +214,14 @@ def _nested(chain: nn.Module, members: Sequence[nn.Module]) -> Iterator[nn.Modul
     """The chains inside the chain that are not members themselves, but whose members are."""
     if any(chain is member for member in members):
         return
-    for each in itertools.chain.from_iterable(held.children() for held in _lists(chain)):
+    for each in (child for held in _lists(chain) for child in held.children()):
         if not any(each is member for member in members):
             yield each
             yield from _nested(each, members)
 
 
-def _evidence(
-    chain: nn.Module, nested: Sequence[nn.Module], recognised: Iterable[nn.Module], masks: Iterable[Tensor],
-    maps: Maps,
-) -> Evidence:  # fmt: skip
-    """All that the recognition of these members depends on: modules, classes' methods and the masks' values."""
-    lists = [*_lists(chain), *itertools.chain.from_iterable(map(_lists, nested))]
-    functions = [(original_class(module), name) for module in nested for name in _CALLED]
-    for module in recognised:
-        adapter, cls = adapter_for(module), original_class(module)
-        names = maps.methods if adapter is None else (*adapter.methods, *adapter.assumes)
-        functions += [(cls, name) for name in names if hasattr(cls, name)]
-        inner = {original_class(inside) for inside in module.modules()}
-        functions += [(inside, name) for inside in inner for name in CURVE_METHODS if hasattr(inside, name)]
-    return Evidence([chain, *lists], recognised, functions, masks, (PLAN,), nested)
-
-
 def recognise(module: nn.Module, maps: Maps) -> tuple[list[Member], Iterable[Tensor]] | None:
-    """(the member as couplings or maps, the tensors whose values it was read from), or None.
-
-    None: the member runs by the library's own code.
-    """
+    """The module as couplings or maps: see ``Recognise``."""
     adapter = adapter_for(module)
     masks: Iterable[Tensor]
     if is_hooked(module) or has_global_hook():

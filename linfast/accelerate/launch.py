@@ -13,8 +13,7 @@ zero, two nets become one block-diagonal net, and columns of masked features are
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,55 +29,10 @@ from ..ops.affine_coupling import HALVES, LAYOUTS, split_sizes
 from ..ops.coupling_stack import run_packed, stack_spec
 from ..ops.stack_weights import AffineMap, CouplingLayer, CouplingStack, PackedStack, StackWeights, pack_stacks
 from ..precision import half_dtype, resolve_precision
-from .mlp import MLP, find_mlp
-from .sides import Affine, Index, Side, Split
+from .members import Coupling, Layers, Member, arranged, members_of, narrowed
+from .sides import Affine, Index, Side
 
-Layers = list[tuple[Tensor, Tensor | None]]
-
-
-@dataclass(frozen=True, eq=False)
-class Coupling:
-    """One side of a coupling whose conditioners are MLPs.
-
-    Args:
-        side: which features move, and how.
-        mlps: its nets; a net that gives both the shift and the raw value is listed once.
-        kept, moved: the features that the conditioner takes and those that move, in the conditioner's order.
-    """
-
-    side: Side
-    mlps: tuple[MLP, ...]
-    kept: list[int]
-    moved: list[int]
-
-    @property
-    def features(self) -> int:
-        return len(self.kept) + len(self.moved)
-
-
-@functools.lru_cache(maxsize=1024)
-def _index(features: tuple[int, ...]) -> Index:
-    """One Index per permutation: a new one at every call would be copied to the GPU again and wait for it."""
-    return Index([*features])
-
-
-Member = Coupling | Index | Affine | nn.Module
-"""A member of a chain; a module runs by the library's own code."""
-
-
-def coupling_of(side: Side) -> Coupling | None:
-    """The side as a Coupling; None where a net is not an MLP, or the nets' sizes do not fit."""
-    nets = dict.fromkeys(side.nets)
-    mlps = tuple(mlp for mlp in map(find_mlp, nets) if mlp is not None)
-    if not mlps or len(mlps) < len(nets) or len({(m.activation, m.constants, m.sizes) for m in mlps}) > 1:
-        return None
-    if any(type(t) not in (Tensor, nn.Parameter) for m in mlps for w in m.layers for t in w if t is not None):
-        return None
-    n_in, n_out = mlps[0].sizes[0], mlps[0].sizes[-1]
-    features = n_in if side.full else n_in + n_out // side.tail.params
-    kept, moved = side.split.features_of(features)
-    fits = (n_in, n_out) == side.widths(len(kept), len(moved)) and side.split.features in (None, features)
-    return Coupling(side, mlps, kept, moved) if fits and kept and moved else None
+Row = list[Index | Affine]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,9 +46,9 @@ class Launch:
     """
 
     couplings: list[Coupling]
-    rows: list[list[Index | Affine]]
+    rows: list[Row]
     moves: str
-    ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
+    ends: tuple[Row, Row] = ([], [])
 
     @property
     def features(self) -> int:
@@ -161,7 +115,7 @@ class Launch:
         return CouplingStack(layers, activation, tail.scale_map, order, self.moves, head)
 
 
-def _folded(row: list[Index | Affine], features: int, like: Tensor, inverse: bool) -> AffineMap | None:
+def _folded(row: Row, features: int, like: Tensor, inverse: bool) -> AffineMap | None:
     """The row as one map, W = W_n ... W_1 and its inverse W_1^-1 ... W_n^-1; None for an empty row."""
     if not row:
         return None
@@ -211,35 +165,11 @@ def _after(
     return times(weight, bias) if added is None else times(weight, bias) + added
 
 
-def arranged(
-    members: Sequence[Member], features: int, moves_of: Callable[[Coupling, list[int]], int]
-) -> Iterator[tuple[Member, int]]:
-    """(member, the half that it moves: 0 or 1), and between members the permutations that they need.
-
-    Column i holds the library's feature order[i]; ``moves_of`` (coupling, order) chooses the half.
-    """
-    order = identity = list(range(features))
-    for member in (*members, None):
-        if isinstance(member, Index):
-            order = [member.index.index(feature) for feature in order]
-            continue
-        moves, wanted = 0, identity
-        if isinstance(member, Coupling):
-            moves = moves_of(member, order)
-            wanted = member.kept + member.moved if moves else member.moved + member.kept
-        if wanted != order:
-            where = {feature: i for i, feature in enumerate(order)}
-            yield _index(tuple(map(where.__getitem__, wanted))), 0
-        order = wanted
-        if member is not None:
-            yield member, moves
-
-
 def launch_of(members: Sequence[Member]) -> Launch | None:
     """The members, which have the same number of features, as one launch; None where the op cannot run them."""
     couplings = [member for member in members if isinstance(member, Coupling)]
     features = couplings[0].features
-    rows: list[list[Index | Affine]] = [[]]
+    rows: list[Row] = [[]]
     turns: list[int] = []
 
     def in_turn(coupling: Coupling, order: list[int]) -> int:
@@ -263,16 +193,10 @@ def launch_of(members: Sequence[Member]) -> Launch | None:
     known = mlp.constants in usual and (mlp.activation in ACTIVATION_NAMES or len(mlp.layers) == 1)
     if tail.scale_map is None or not known:  # the op has no such formula or conditioner
         return None
-    ends: tuple[list[Index | Affine], list[Index | Affine]] = ([], [])
+    ends: tuple[Row, Row] = ([], [])
     if not any(rows[1:-1]) and all(isinstance(entry, Index) for entry in rows[0] + rows[-1]):
         ends, rows = (rows[0], rows[-1]), [[] for _ in rows]
     return Launch(couplings, rows, HALVES[turns[0]], ends)
-
-
-def members_of(found: Sequence[Any]) -> list[Member] | None:
-    """An adapter's members, with each Side as a Coupling; None where a Side has no MLPs that fit."""
-    members: list[Any] = [coupling_of(member) if isinstance(member, Side) else member for member in found]
-    return members if members and None not in members else None
 
 
 def lone_launch(
@@ -282,9 +206,6 @@ def lone_launch(
     members = None if has_global_hook() else members_of(found)
     launch = None if members is None else launch_of(members)
     return launch if launch is not None and launch.tiles(like, precision, gradients) is not None else None
-
-
-# The nets as the op's layers
 
 
 def _arranged(coupling: Coupling) -> CouplingLayer:
@@ -316,14 +237,4 @@ def _side_by_side(one: Layers, two: Layers) -> Layers:
         weight = torch.block_diag(a, b) if layers else torch.cat((a, b))
         biases = [w.new_zeros(len(w)) if bias is None else bias for w, bias in ((a, a_bias), (b, b_bias))]
         layers.append((weight, torch.cat(biases)))
-    return layers
-
-
-def narrowed(mlp: MLP, split: Split) -> Layers:
-    """The layers without the first one's columns of moved features (zeros) and the last one's rows of kept ones."""
-    layers = list(mlp.layers)
-    kept, moved = split.parts(mlp.sizes[0], layers[0][0].device)
-    layers[0] = layers[0][0][:, kept], layers[0][1]
-    weight, bias = layers[-1]
-    layers[-1] = weight[moved], None if bias is None else bias[moved]
     return layers

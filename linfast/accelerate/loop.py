@@ -19,7 +19,7 @@ from ..flows.undo import Outputs
 from ..ops.activations import ACTIVATIONS
 from ..ops.plain_couplings import Map, PlainCoupling, run_couplings
 from ..ops.stack_weights import AffineMap
-from .launch import Coupling, Member, arranged, narrowed
+from .members import Coupling, Member, arranged, narrowed
 from .sides import Affine, Index
 
 Run = Callable[[Any, Tensor, Mapping[str, Any], bool], Outputs]

@@ -75,7 +75,7 @@ class LUMaps:
     def _on(self, device: torch.device, inverse: bool) -> tuple[Tensor, ...]:
         """The tables on the device: copied once, because a copy at every call would wait for it."""
         if (device, inverse) not in self._on_devices:
-            with torch.inference_mode(False):
+            with torch.inference_mode(False), torch.device("cpu"):  # whatever the default device is
                 tables = self._built(inverse)
                 self._on_devices[device, inverse] = tuple(uploaded(table.flatten(), device) for table in tables)
         return self._on_devices[device, inverse]

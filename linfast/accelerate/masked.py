@@ -13,6 +13,7 @@ dropout or batch norm, under torch.compile, torch.func and autocast, and on inpu
 from __future__ import annotations
 
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, has_global_hook, is_transformed, uses_triton
+from ..dispatch import autocast_dtype, has_global_hook, is_transformed, records_gradients, uses_triton
 from ..flows.remembered import Evidence
 from ..ops.autoregressive_masks import AutoregressiveMasks
 from ..ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras, masked_autoregressive
@@ -31,7 +32,7 @@ from ..ops.masked_plain import Elementwise, invert_affine, invert_elementwise
 from ..ops.masked_walk import Network
 from ..rows import is_short
 from ..scale_maps import ScaleMap
-from .adapter import Adapter, Draw, Plan, Unfit
+from .adapter import Plan, Unfit
 from .identity import PLAN
 from .mlp import name_of_activation
 
@@ -134,7 +135,7 @@ class MaskedInverse:
         known = isinstance(self.transform, Affine) and self.transform.scale_map is not None
         known = known and self.norms is None and name_of_activation(self.activation) in MASKED_ACTIVATIONS
         values = self.masks.features * sum(out * into for out, into in self.masks.shapes)
-        return known and values <= _SIZES.graph
+        return known and values <= _MOST_COMPARED
 
     def is_short(self, y: Tensor) -> bool:
         """Whether y has so few rows that the original is at least as fast."""
@@ -148,8 +149,8 @@ class MaskedInverse:
         """(x [B, D], log|dx / dy| [B]) of y [B, D]; None where the original is to run."""
         if not self.ready or y.shape[1] != self.masks.features:
             return None
-        weights, biases = self.weights()
-        if y.device != weights[0].device or not self._fits(y.dtype, weights, biases):
+        read = weights, biases = self.weights()
+        if y.device != weights[0].device or not self._fits(y.dtype, read):
             return None
         extras = self.extras(context, y.shape[0])
         if extras is None:
@@ -158,49 +159,37 @@ class MaskedInverse:
         graph = torch.is_grad_enabled()
         if graph and self.assumed:  # a function may hold tensors that require a gradient
             return None
-        if uses_triton(y, *weights) or (graph and _any_requires_grad(y, weights, biases, extras, norms)):
-            return self._by_op(y, weights, biases, extras, precision) if self.has_gradient else None
+        tensors = (y, *weights, *biases, *itertools.chain(*extras, *filter(None, norms or ())))
+        if uses_triton(y, *weights) or (graph and records_gradients(*tensors)):
+            return self._by_op(y, read, extras, precision) if self.has_gradient else None
         with torch.no_grad() if graph else nullcontext():
-            return self._by_walk(y, weights, biases, extras, norms)
+            return self._by_walk(y, read, extras, norms)
 
-    def _fits(self, dtype: torch.dtype, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> bool:
+    def _fits(self, dtype: torch.dtype, read: Weights) -> bool:
         """Whether the weights and biases have the masks' shapes and this dtype."""
+        weights, biases = read
         shapes, given = [*self.masks.shapes], [bias for bias in biases if bias is not None]
         if [weight.shape for weight in weights] != shapes:
             return False
         lengths = [shape[:1] for bias, shape in zip(biases, shapes, strict=True) if bias is not None]
         return [bias.shape for bias in given] == lengths and {t.dtype for t in (*weights, *given)} == {dtype}
 
-    def _by_op(
-        self,
-        y: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        extras: Extras,
-        precision: str | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _by_op(self, y: Tensor, read: Weights, extras: Extras, precision: str | None) -> tuple[Tensor, Tensor]:
         assert isinstance(self.transform, Affine)
         whole = [[None if each is None else each.expand(y.shape[0], -1) for each in pair] for pair in extras]
         graph = torch.is_grad_enabled()  # whose tensors must survive that a caller writes to y or x
         y = y.clone() if graph else y
         x, log_det = masked_autoregressive(
-            y, self.masks, weights, biases, activation=str(name_of_activation(self.activation)),
+            y, self.masks, *read, activation=str(name_of_activation(self.activation)),
             scale_map=self.transform.scale_map, inverse=True, log_det=True,
             extras=[(term, gate) for term, gate in whole], precision=precision,
         )  # fmt: skip
         assert log_det is not None
         return x.clone() if graph else x, log_det.to(y.dtype)
 
-    def _by_walk(
-        self,
-        y: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        extras: Extras,
-        norms: Norms | None,
-    ) -> tuple[Tensor, Tensor]:
+    def _by_walk(self, y: Tensor, read: Weights, extras: Extras, norms: Norms | None) -> tuple[Tensor, Tensor]:
         columns, kinds = self.masks.pack_extras(extras)
-        packed, spec = self.masks.pack(weights, biases), self.masks.spec(kinds)
+        packed, spec = self.masks.pack(*read), self.masks.spec(kinds)
         pairs = spec.split_extras(None if columns is None else columns.t())
         found = None if norms is None else self.masks.sort_norms(norms)
         net = Network(spec, spec.matrices(packed), spec.biases(packed), pairs, self.activation, found)
@@ -209,29 +198,9 @@ class MaskedInverse:
         return invert_elementwise(net, y, self.transform)
 
 
-def _any_requires_grad(
-    y: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], extras: Extras, norms: Norms | None
-) -> bool:
-    pairs = [*extras, *(pair for pair in norms or () if pair is not None)]
-    tensors = (y, *weights, *biases, *(each for pair in pairs for each in pair))
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Of the check before the swap.
-
-    Args:
-        graph: values in the weights of D evaluations of the network, all of which the original's graph contains
-            (128 MiB in float64). With more, no gradient is compared, and the original runs where one is required.
-        rows: of a batch in the check.
-    """
-
-    graph: int = 2**24
-    rows: int = 3
-
-
-_SIZES = _Sizes()
+_MOST_COMPARED = 2**24
+"""Values in the weights of D evaluations of the network (128 MiB in float64), which are all in the original's graph
+in the check before the swap. With more, no gradient is compared, and the original runs where one is required."""
 
 Find = Callable[[Any], MaskedInverse]
 """instance -> what it is; raises Unfit with the reason."""
@@ -305,18 +274,11 @@ def find_masks(masks: Sequence[Tensor], **what: Any) -> AutoregressiveMasks:
         raise Unfit(f"its {error}") from error
 
 
-@dataclass
-class Layers:
-    """The linear layers of a network in order, and for each of them what AutoregressiveMasks takes."""
-
-    linears: list[Any] = field(default_factory=list)
-    activated: list[bool] = field(default_factory=list)
-    adds: list[int] = field(default_factory=list)
-
-    def append(self, linear: Any, activated: bool, adds: int) -> None:
-        self.linears.append(linear)
-        self.activated.append(activated)
-        self.adds.append(adds)
+def in_words(kind: str, masks: AutoregressiveMasks, activation: Any) -> str:
+    """The description of a network of this kind."""
+    sizes = "-".join(map(str, (masks.features, *(out for out, _ in masks.shapes))))
+    name = name_of_activation(activation) or getattr(activation, "__name__", type(activation).__name__)
+    return f"{kind} {sizes} {name}{', residual' * any(masks.adds)}"
 
 
 def redraw(module: nn.Module) -> None:
@@ -333,53 +295,3 @@ def redraw(module: nn.Module) -> None:
                 for tensor in own:
                     if tensor.is_floating_point():
                         tensor.uniform_(0.5, 1.5)
-
-
-def masked_adapter(
-    library: str,
-    where: str,
-    name: str,
-    find: Find,
-    masks: Callable[[Any], Iterable[Tensor]],
-    context: Callable[[Any], int | None],
-    domain: Callable[[Any, Tensor], Tensor] = lambda instance, y: y,
-    **what: Any,
-) -> Adapter:
-    """The adapter of a class with an ``inverse(inputs, context=None)``.
-
-    Args:
-        masks: instance -> the masks of its network.
-        context: instance -> how many features its contexts have, None where it takes none.
-        domain: (instance, y) -> y where the inverse is defined.
-    """
-
-    def inverse(instance: Any, inputs: Tensor, context: Any = None) -> Any:
-        outputs = masked_inverse(instance, find, inputs, context)
-        return instance._linfast_original.inverse(instance, inputs, context) if outputs is None else outputs
-
-    def probe(instance: Any, draw: Draw) -> list[Tensor]:
-        redraw(instance.eval())
-        found, outputs, rows = find(instance), [], _SIZES.rows
-        size = context(instance)
-        contexts = [None] if size is None else [None, draw(rows, size), draw(1, size).expand(rows, -1)]
-        for each in contexts:
-            y = domain(instance, draw(rows, found.masks.features))
-            with torch.no_grad():
-                outputs += instance.inverse(y, context=each)
-            if found.has_gradient:
-                outputs += instance.inverse(y, context=each)
-        return outputs
-
-    return Adapter(
-        library=library,
-        where=where,
-        name=name,
-        methods={"inverse": inverse},
-        plan=lambda instance, options: plan_masked(instance, find),
-        probe=probe,
-        masks=masks,
-        inner=lambda instance: [*instance.modules()][1:],
-        decides=True,
-        many_steps=True,
-        **what,
-    )

@@ -45,11 +45,13 @@ class Report:
             libraries for which linfast has no formula, in the model's order. They run as before. Permutations,
             linear maps and simple functions of each value do not count, nor do modules inside another layer and
             classes that the library does not define.
+        own: whether the model has flows or Linearizers of linfast, which run on its ops without ``accelerate``.
     """
 
     rows: tuple[Row, ...]
     precision: str | None = None
     unknown: tuple[tuple[str, int], ...] = ()
+    own: bool = False
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -63,6 +65,8 @@ class Report:
 
     def __str__(self) -> str:
         if not self.rows and not self.unknown:
+            if self.own:
+                return "accelerate: nothing to do: linfast's own modules run on its ops without it"
             none = "no module of a known library was found, other than simple maps"
             return f"accelerate: {none}; lf.register_adapter adds a class of yours"
         lines = []

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from ..dispatch import autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..freeze import derived
-from ..ops.residual_network import Terms, all_context_terms
+from ..ops.residual_network import Terms, all_context_terms, counted_at_once
 from ..rows import by_rows, one_row, rows_at_once
 from .adapter import Options, Plan, Unfit, adapter_for
-from .fused import Flat, Maps, Together, like_of, recognise
+from .fused import Together, like_of, recognise
 from .identity import changed_method, is_hooked
 from .loop import NO_CONTEXT, Run
 from .lu_maps import LUMap, LUMaps
+from .maps import Flat, Maps
 from .mlp import MLP, find_mlp
 from .residual import Residual, find_residual
 from .sides import Index, Split, Triangular
@@ -81,12 +82,8 @@ def _spline(transform: Any, layout: Split) -> _Spline:
     return _Spline(transform, kept, moved, net)
 
 
-@dataclass(frozen=True, eq=False)
-class _Own:
-    module: nn.Module
-
-
-_Step = LUMap | Index | _Spline | _Own
+_Step = LUMap | Index | _Spline | nn.Module
+"""A module runs by the library's own code."""
 
 
 class SplineChain(Together):
@@ -97,15 +94,7 @@ class SplineChain(Together):
 
     def __init__(self, chain: nn.Module, flat: Flat, run: Run | None, maps: Maps, options: Options) -> None:
         super().__init__(chain, flat, run, maps, options)
-        members: list[Any] = []
-        recognised: list[nn.Module] = []
-        masks: list[Tensor] = []
-        for _, module in flat(chain):
-            found = _recognised(module, maps)
-            members.append(_Own(module) if found is None else found[0])
-            recognised += [] if found is None else [module]
-            masks += [] if found is None else found[1]
-        self._remember(chain, recognised, masks)
+        members, _ = self._find(chain, _recognised)
         self._run = run
         self.couplings = couplings = [member for member in members if isinstance(member, _Spline)]
         sizes = {coupling.features for coupling in couplings}
@@ -116,7 +105,7 @@ class SplineChain(Together):
         self.like = like_of(self.first)
         self._steps = [*_arranged(members, self.features)]
         self._maps = LUMaps([step for step in self._steps if isinstance(step, LUMap)], self.features)
-        self._own = [step.module for step in self._steps if isinstance(step, _Own)]
+        self._own = [step for step in self._steps if isinstance(step, nn.Module)]
         widths = [width for coupling in couplings for width in coupling.widths]
         self._widths: list[int | None] = [self.features, *widths]
 
@@ -141,7 +130,8 @@ class SplineChain(Together):
         work = functools.partial(self._steps_on, maps, terms, inverse)
         rows = rows_at_once(x, lambda: self._widths if self._arguments[2].rows_apart(self._own) else [None])
         if rows is None or (terms[0] is not None and given.shape[0] > 1):
-            y, total = work(x, context.get("context"))
+            with counted_at_once():
+                y, total = work(x, context.get("context"))
         else:
             y, total = by_rows(work, x, rows, context.get("context"))
         return y, total if log_det is None else total + log_det
@@ -164,19 +154,17 @@ class SplineChain(Together):
                 x, log_det = step(x, context, next(of_couplings), inverse)
             else:
                 assert self._run is not None
-                x, log_det = self._run(step.module, x, {"context": context}, inverse)
+                x, log_det = self._run(step, x, {"context": context}, inverse)
             log_dets += [] if log_det is None else [log_det]
         return x, torch.stack(log_dets).sum(0)
 
 
-def _recognised(module: nn.Module, maps: Maps) -> tuple[_Spline | Index | Triangular, Iterable[Tensor]] | None:
-    """(the member as a step, the tensors whose values it was read from); None: the library's own code runs it."""
+def _recognised(module: nn.Module, maps: Maps) -> tuple[Sequence[Any], Iterable[Tensor]] | None:
+    """The module as a _Spline, Index or Triangular: see ``fused.Recognise``."""
     adapter = adapter_for(module)
     if adapter is None:
         found = recognise(module, maps)
-        if found is None or not isinstance(found[0][0], Index | Triangular):
-            return None
-        return found[0][0], found[1]
+        return found if found is not None and isinstance(found[0][0], Index | Triangular) else None
     inside = [module, *adapter.inner(module)]
     if not adapter.is_spline or has_global_hook() or any(map(is_hooked, inside)):
         return None
@@ -184,7 +172,7 @@ def _recognised(module: nn.Module, maps: Maps) -> tuple[_Spline | Index | Triang
         return None
     try:
         layout = adapter.layout(module)
-        return _spline(module, layout), adapter.masks_of(module, layout)
+        return [_spline(module, layout)], adapter.masks_of(module, layout)
     except Unfit:
         return None
 

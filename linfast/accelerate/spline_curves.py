@@ -27,7 +27,7 @@ CURVE_METHODS = "forward", "inverse", "_spline"
 
 
 class Other(Exception):
-    """The library's own code is to run."""
+    """The library's own code is to run in this place."""
 
 
 def curve_of(owner: Any, bins: int, temperature: float) -> Spline:

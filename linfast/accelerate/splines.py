@@ -8,7 +8,7 @@ computed as one function whose last layer is W h^T, so that each bin is a plane 
 in parts of as many rows as fit the cache (``rows.py``).
 
 With a list of tails normflows returns 0, not x, outside the interval; so does this. Where the library raises an
-error outside the interval [0, 1] of a spline without tails, its own code runs on a CPU; on a GPU nothing is read
+error outside the interval [0, 1] of a spline without tails, its own spline runs on a CPU; on a GPU nothing is read
 from the device, and such values do not change.
 """
 
@@ -101,10 +101,7 @@ def _run(transform: Any, x: Any, context: Any, inverse: bool) -> tuple[Tensor, T
     net = _Net(transform.transform_net, x[:, kept], context)
     rows = rows_at_once(x, lambda: net.widths)
     work = functools.partial(_couple, transform, net.run, kept, moved, inverse)
-    try:
-        return work(x, context) if rows is None else by_rows(work, x, rows, context)
-    except Other:
-        return None
+    return work(x, context) if rows is None else by_rows(work, x, rows, context)
 
 
 def _couple(
@@ -122,16 +119,24 @@ def _couple(
 def couple(
     transform: Any, net: Callable[[Tensor, Any], Tensor], given: Tensor, value: Tensor, inverse: bool, context: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(the kept features, the moved ones, log_det [B]) from those that are given; raises Other.
+    """(the kept features, the moved ones, log_det [B]) from those that are given.
 
-    All values are checked before the conditioner runs: where the library's own code runs, it runs there.
+    The conditioner runs once, also where the library's own spline is to follow: it may count calls, or draw.
     """
     own, result, of_kept = transform.unconditional_transform, given, None
-    spline = curve_for(transform, transform.num_bins, _temperature(transform.transform_net), value)
+    params = net(given, context) if own is None or not inverse else None  # in the library's order
     if own is not None:
-        result, of_kept = apply_own_spline(own, given, inverse)
-    params = _bins_last(net(result if inverse else given, context), value)
-    found, log_det = apply_spline(transform, spline, value, params, inverse)
+        try:
+            result, of_kept = apply_own_spline(own, given, inverse)
+        except Other:
+            result, of_kept = (own.inverse if inverse else own)(given, context)
+    params = net(result, context) if params is None else params
+    try:
+        spline = curve_for(transform, transform.num_bins, _temperature(transform.transform_net), value)
+        found, log_det = apply_spline(transform, spline, value, _bins_last(params, value), inverse)
+    except Other:
+        name = "_coupling_transform_inverse" if inverse else "_coupling_transform_forward"
+        found, log_det = getattr(transform, name)(value, params)
     return result, found, log_det if of_kept is None else log_det + of_kept
 
 

@@ -12,6 +12,7 @@ import copyreg
 import functools
 import inspect
 import itertools
+import sys
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -118,7 +119,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
     before = getattr(original, name)
     if adapter.decides:
         return functools.wraps(before)(run)
-    order, accepted = _arguments(before, run)
+    order, accepted, fits = _arguments(before, run)
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
@@ -132,7 +133,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
             if argument not in named:
                 break
             given += (named.pop(argument),)
-        if accepted is not None and not accepted.issuperset(named):
+        if len(given) not in fits or not (accepted is None or accepted.issuperset(named)):
             return before(self, *given, **named)
         return run(self, *given, **named)
 
@@ -141,13 +142,22 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
 
 def _arguments(
     before: Callable[..., Any], run: Callable[..., Any]
-) -> tuple[tuple[str, ...], frozenset[str] | None]:
-    """(the original's arguments after the instance, in order; those that ``run`` takes by keyword, None: any)."""
+) -> tuple[tuple[str, ...], frozenset[str] | None, range]:
+    """What a call of ``run`` may have; for any other the original is to raise its own error.
+
+    Returns:
+        The original's arguments after the instance, in order; those that ``run`` takes by keyword, None: any; how
+        many ``run`` takes by position.
+    """
     theirs, ours = ([*inspect.signature(f).parameters.values()] for f in (before, run))
     in_order = itertools.takewhile(lambda p: p.kind is p.POSITIONAL_OR_KEYWORD, theirs[1:])
     any_keyword = any(p.kind is p.VAR_KEYWORD for p in ours)
     by_keyword = frozenset(p.name for p in ours if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-    return tuple(p.name for p in in_order), None if any_keyword else by_keyword
+    by_position = [p for p in ours[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    any_number = any(p.kind is p.VAR_POSITIONAL for p in ours)
+    most = sys.maxsize if any_number else len(by_position) + 1
+    fits = range(sum(p.default is p.empty for p in by_position), most)
+    return tuple(p.name for p in in_order), None if any_keyword else by_keyword, fits
 
 
 def _is_symbolic(arguments: Iterable[Any]) -> bool:

@@ -1,6 +1,6 @@
 """Finds the ``Formula`` of an instance of a registered class by watching its own code run.
 
-The networks of a bare copy are replaced by random smooth functions that record every call (``_Recorder``). The
+The networks of a bare copy are replaced by random smooth functions that record every call (``Recorder``). The
 forward then runs once, in float64 and in plain torch, on random x [B, C, ...]:
 
     input of a network           the kept features of a coupling: its columns are columns of the coupling's input
@@ -18,75 +18,36 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..dispatch import plain_torch, tensor_of
+from ..ops.affine_coupling import ORDERS
 from ..rows import all_lengths
 from ..scale_maps import ScaleMap
-from .adapter import Stub, Unfit
-from .formula import Call, Formula, Parameter, Path, Step, at, by_formula, shaped
+from .adapter import Unfit, put_inside
+from .formula import Call, Formula, Path, Step, at, by_formula
 from .identity import original_class, uncompiled
+from .networks import LAYOUTS, Description, Net, Recorder, Seen, candidates, sizes_of
 from .own_state import OwnState
 from .sides import Index, Split, split_of
 from .verify import bare_copy
 
 _SEED = 20260102
-_SIZES = (8.0, 1.5, 1.5)  # of the parameters, by row
-_LARGE = (60.0, -60.0)  # of one network's parameters, in two rows of its own
 _FAR = 50.0  # times x, in one more row
 _CLOSE = 1e-9  # relative L2 difference in float64 of one row
-_UNKNOWN_FEATURES = (5, 6)  # tried where neither the class nor its networks say how many there are
-_POSITIONS = (4, 16)  # per dimension after the channels
-_LAYOUTS = ("halves", "raw_first", "interleaved")
-
-
-@dataclass(frozen=True)
-class Description:
-    """What the user says of a class; None is found out.
-
-    Args:
-        nets: names of the attributes that hold the networks.
-        order, layout, moves, log_det, features: see ``register_adapter``.
-        methods: by name, whether it is to compute the inverse, and its arguments after x; forwards come first.
-    """
-
-    nets: tuple[Path, ...]
-    order: str | None
-    layout: str | None
-    moves: str | None
-    log_det: bool | None
-    features: str | None
-    methods: Mapping[str, tuple[bool, tuple[Parameter, ...]]]
-
-
-@dataclass(frozen=True)
-class _Net:
-    """What one network does when it is called alone.
-
-    Args:
-        path: in the instance.
-        inputs, outputs: channels; of a pair, outputs of each.
-        keys: of its two outputs, as ``Formula.output``; None for one tensor.
-        positions: the dimensions after the channels.
-    """
-
-    path: Path
-    inputs: int | None = None
-    outputs: int | None = None
-    keys: tuple[Any, Any] | None = None
-    positions: tuple[int, ...] = ()
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def find_formula(instance: nn.Module, given: Description, scale_map: ScaleMap) -> Formula:
     """The formula of the instance. Raises Unfit, with the reason, where there is none that it agrees with."""
-    device = tensor_of(instance).device if tensor_of(instance) is not None else torch.device("cpu")  # type: ignore[union-attr]
+    like = tensor_of(instance)
+    device = torch.device("cpu") if like is None else like.device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         torch.autocast(device.type, enabled=False),
@@ -97,7 +58,7 @@ def find_formula(instance: nn.Module, given: Description, scale_map: ScaleMap) -
         warnings.simplefilter("ignore")
         torch.manual_seed(_SEED)
         reasons: list[Unfit] = []
-        for nets, features in _attempts(instance, given):
+        for nets, features in candidates(instance, given):
             found = _attempt(instance, given, scale_map, nets, features, device)
             if isinstance(found, Formula):
                 return found
@@ -125,112 +86,9 @@ def _unfit(why: str, far: float) -> Unfit:
     return reason
 
 
-# Which networks there are, and how many features
-
-
-def _attempts(instance: nn.Module, given: Description) -> Iterator[tuple[list[_Net], int]]:
-    """(networks, number of features) to try, the most likely first."""
-    paths = [path for name in given.nets for path in _listed(instance, name)]
-    nets = [_alone(instance, path) for path in paths]
-    if not nets:
-        raise Unfit("its conditioner is a list without networks")
-    first = nets[0]
-    for features in _features(instance, given, first, alone=True):
-        yield nets, features
-    if len(given.nets) > 1 or first.outputs is None or first.keys is not None:
-        return
-    for name in instance._modules:  # the class may have a second network per coupling that was not named
-        others = [] if (name,) in given.nets else _listed(instance, (name,), must=False)
-        if len(others) == len(nets):
-            found = [_alone(instance, path) for path in others]
-            if [(n.inputs, n.outputs) for n in found] == [(n.inputs, n.outputs) for n in nets]:
-                for features in _features(instance, given, first, alone=False):
-                    yield [*nets, *found], features
-
-
-def _listed(instance: nn.Module, path: Path, must: bool = True) -> list[Path]:
-    """Paths of the networks at this path: itself, or those in the ModuleList or ModuleDict there."""
-    found: Any = instance
-    for name in path:
-        found = found._modules.get(name) if isinstance(found, nn.Module) else None
-    if not isinstance(found, nn.Module):
-        if must:
-            raise Unfit(f"its {'.'.join(path)} is not a module")
-        return []
-    if not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
-        return [path]
-    return [inside for name in found._modules for inside in _listed(instance, (*path, name), must)]
-
-
-def _alone(instance: nn.Module, path: Path) -> _Net:
-    """The network's channels and outputs, from a call of a copy of it by itself, if that is possible."""
-    net = at(instance, path)
-    weight = next((p for p in net.parameters() if p.ndim > 1), None)
-    if weight is None:
-        return _Net(path)
-    alone = bare_copy(net, weight.dtype, ()).eval()
-    for size in _POSITIONS if weight.ndim > 2 else (1,):
-        positions = (size,) * (weight.ndim - 2)
-        x = torch.randn(2, weight.shape[1], *positions, dtype=weight.dtype, device=weight.device)
-        try:
-            y = alone(x)
-        except Exception:  # it may need a context
-            continue
-        keys = None if isinstance(y, Tensor) else (0, 1) if isinstance(y, (tuple, list)) else tuple(y)
-        parts = [y] if keys is None else [y[key] for key in keys]
-        if not 0 < len(parts) <= 2 or not all(_is_batch(part, parts[0], positions) for part in parts):
-            raise Unfit(f"its {'.'.join(path)} returns neither a tensor [B, C, ...] nor two of one shape")
-        return _Net(path, x.shape[1], parts[0].shape[1], keys, positions)
-    return _Net(path, positions=(_POSITIONS[0],) * (weight.ndim - 2))
-
-
-def _is_batch(part: Any, like: Tensor, positions: tuple[int, ...]) -> bool:
-    return isinstance(part, Tensor) and part.ndim > 1 and part.shape == (2, like.shape[1], *positions)
-
-
-def _features(instance: nn.Module, given: Description, net: _Net, alone: bool) -> list[int]:
-    """Numbers of features to try. ``alone``: whether the network may give the shift and the raw value at once."""
-    if given.features is not None:
-        return [getattr(instance, given.features)]
-    if net.inputs is None or net.outputs is None:
-        return [*_UNKNOWN_FEATURES]
-    at_once = [net.inputs + net.outputs // 2] if alone and net.keys is None and net.outputs % 2 == 0 else []
-    return [*at_once, net.inputs + net.outputs, net.inputs]
-
-
-# Watching
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """One call of a network: its index, input, context and output [first | second]."""
-
-    net: int
-    kept: Tensor
-    context: tuple[Any, ...]
-    output: Tensor
-
-
-class _Recorder(nn.Module):
-    """Replaces a network by a ``Stub`` with as many outputs, and records its calls."""
-
-    def __init__(self, index: int, net: _Net, features: int, log: list[_Seen], sizes: Sequence[float]) -> None:
-        super().__init__()
-        self.index, self.net, self.features, self.log, self.sizes = index, net, features, log, sizes
-        self.stub: Stub | None = None
-
-    def forward(self, kept: Tensor, *context: Any, **named: Any) -> Any:
-        if self.net.inputs not in (None, kept.shape[1]):
-            raise ValueError(f"{'.'.join(self.net.path)} takes {self.net.inputs} features, not {kept.shape[1]}")
-        both = 2 if self.net.keys is not None else 1
-        out = 2 * (self.features - kept.shape[1]) if self.net.outputs is None else both * self.net.outputs
-        if self.stub is None:
-            draw: Callable[..., Tensor] = lambda *shape: torch.randn(*shape).to(kept)  # noqa: E731
-            sizes = torch.tensor(self.sizes).to(kept).view(-1, *[1] * (kept.ndim - 1))
-            self.stub = Stub(kept.shape[1], out, draw, sizes)  # type: ignore[arg-type]
-        y = self.stub(kept, *context, **named)
-        self.log.append(_Seen(self.index, kept.clone(), (*context, *named.items()), y.clone()))
-        return shaped(y, self.net.keys)
+def _differs(method: str, error: float) -> Unfit:
+    far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
+    return _unfit(f"its {method}, as described, differs from the original {far} on a random input", min(error, 1.0))
 
 
 class _Watch:
@@ -241,36 +99,24 @@ class _Watch:
         instance: nn.Module,
         given: Description,
         scale_map: ScaleMap,
-        nets: list[_Net],
+        nets: list[Net],
         features: int,
         device: torch.device,
     ) -> None:
         self.given, self.scale_map, self.nets, self.device = given, scale_map, nets, device
-        self.log: list[_Seen] = []
-        by_net = [self._sizes(i, len(nets)) for i in range(len(nets))]
-        self.shape = (len(by_net[0]), features, *nets[0].positions)
+        self.log: list[Seen] = []
+        sizes = [sizes_of(i, len(nets)) for i in range(len(nets))]
+        self.shape = (len(sizes[0]), features, *nets[0].positions)
         originals = [at(instance, net.path) for net in nets]
         self.copy: Any = bare_copy(instance, torch.float64, {id(uncompiled(net)) for net in originals})
         self.others = _others(instance, originals)
-        recorders = {
-            id(at(self.copy, net.path)): _Recorder(i, net, features, self.log, by_net[i])
-            for i, net in enumerate(nets)
-        }
-        for inside in [*self.copy.modules()]:
-            for name, child in [*inside._modules.items()]:
-                if id(child) in recorders:
-                    inside._modules[name] = recorders[id(child)]
-
-    @staticmethod
-    def _sizes(index: int, count: int) -> list[float]:
-        """Of one network's parameters, by row."""
-        large = [_LARGE if i == index else _SIZES[-1:] * 2 for i in range(count)]
-        return [*_SIZES, *itertools.chain(*large), _SIZES[-1]]
+        recorders = [Recorder(i, net, features, self.log, sizes[i]) for i, net in enumerate(nets)]
+        put_inside(self.copy, {id(at(self.copy, each.net.path)): each for each in recorders})
 
     def formula(self) -> Formula:
         names = [*self.given.methods]
         forward, x = names[0], self._draw()
-        y, log_det = self._call(forward, x)
+        y, log_det = self._call(forward, x, {})
         if self.given.log_det is not None and self.given.log_det != (log_det is not None):
             returned = "no log-determinant" if log_det is None else "a log-determinant"
             raise _unfit(f"log_det is {self.given.log_det}, but the original's {forward} returns {returned}", 1.0)
@@ -280,41 +126,29 @@ class _Watch:
         found = [self._replayed(x, y, log_det, seen, *how) for how in self._ways()]
         error, formula = min(found, key=lambda each: each[0])
         if not error <= _CLOSE or formula is None:
-            self._differs(forward, error)
-        assert formula is not None
+            raise _differs(forward, error)
         calls = {name: call for name in names if (call := self._compared(name, formula)) is not None}
         if not any(call.inverse or call.flag for call in calls.values()):
-            self._differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
+            raise _differs(" or ".join(name for name in names if self.given.methods[name][0]) or forward, 1.0)
         return replace(formula, calls=calls, others=self.others)
-
-    def _differs(self, method: str, error: float) -> None:
-        far = f"by {error:.1e}" if error < 1 else "in every order and layout that was tried"
-        raise _unfit(
-            f"its {method}, as described, differs from the original {far} on a random input", min(error, 1.0)
-        )
 
     def _ways(self) -> Iterator[tuple[str, str]]:
         """(order, layout) to try."""
-        orders = [self.given.order] if self.given.order else ["shift_first", "scale_first"]
-        one = self.nets[0].keys is None
-        layouts = (
-            [self.given.layout]
-            if self.given.layout
-            else [name for name in _LAYOUTS if one or name != "interleaved"]
-        )
-        return itertools.product(orders, layouts)
+        orders = [self.given.order] if self.given.order else ORDERS
+        several = LAYOUTS if self.nets[0].keys is None else LAYOUTS[:2]  # two outputs: not interleaved
+        return itertools.product(orders, [self.given.layout] if self.given.layout else several)
 
     def _draw(self) -> Tensor:
         x = torch.randn(self.shape, dtype=torch.float64)
         x[-1] *= _FAR
         return x.to(self.device)
 
-    def _call(self, method: str, x: Tensor, named: Mapping[str, Any] | None = None) -> tuple[Tensor, Tensor | None]:
+    def _call(self, method: str, x: Tensor, named: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """(y, log_det or None) of the copy's method; the log holds the calls of the networks in it."""
         self.log.clear()
         state, given = OwnState(self.copy, [at(self.copy, net.path) for net in self.nets]), x.clone()
         try:
-            found = getattr(original_class(self.copy), method)(self.copy, given, **(named or {}))
+            found = getattr(original_class(self.copy), method)(self.copy, given, **named)
         except Exception as error:
             raise _unfit(f"the original raised {type(error).__name__} on a random input: {error}", 1.5) from error
         if not state.holds() or not torch.equal(given, x):
@@ -327,7 +161,7 @@ class _Watch:
         return y, log_det
 
     def _replayed(
-        self, x: Tensor, y: Tensor, log_det: Any, seen: Sequence[_Seen], order: str, layout: str
+        self, x: Tensor, y: Tensor, log_det: Any, seen: Sequence[Seen], order: str, layout: str
     ) -> tuple[float, Formula | None]:
         """(error, formula) with this order and layout."""
         steps: list[Step] = []
@@ -366,47 +200,44 @@ class _Watch:
     def _compared(self, name: str, formula: Formula) -> Call | None:
         """What the method computes; None where that is neither the formula nor its inverse."""
         inverse, parameters = self.given.methods[name]
-        found = self._agrees(name, formula, inverse)
+        found = self._agrees(name, formula, inverse, {})
         if found is None:
             return None
+        ways: list[tuple[bool, dict[str, Any]]] = [(inverse, {})]
+        returns, flag = (found, found), None
         for parameter in parameters:
             if isinstance(parameter.default, bool):
                 other = {parameter.name: not parameter.default}
                 turned = self._agrees(name, formula, not inverse, other)
                 if turned is not None:
-                    context = self._context(name, formula, [(inverse, {}), (not inverse, other)])
-                    return Call(inverse, (found, turned), parameter.name, context)
-        return Call(inverse, (found, found), context=self._context(name, formula, [(inverse, {})]))
+                    returns, flag = (found, turned), parameter.name
+                    ways.append((not inverse, other))
+                    break
+        others = (p.name for p in parameters if p.default is None)
+        passed = (p for p in others if all(self._agrees(name, formula, *way, p) is not None for way in ways))
+        return Call(inverse, returns, flag, next(passed, None))
 
     def _agrees(
-        self, name: str, formula: Formula, inverse: bool, named: Mapping[str, Any] | None = None
+        self, name: str, formula: Formula, inverse: bool, flag: Mapping[str, Any], argument: str | None = None
     ) -> bool | None:
-        """Whether the method returns a log-determinant too; None where it differs from the formula."""
-        x = self._draw()
+        """Whether the method returns a log-determinant too; None where it differs from the formula.
+
+        ``argument``: a context, which every network must get as it is; else the result is None too.
+        """
+        x, named = self._draw(), dict(flag)
+        if argument is not None:
+            named[argument] = torch.randn(self.shape[0], 2, dtype=torch.float64).to(self.device)
+        context = [] if argument is None else [named[argument]]
         try:
-            y, log_det = self._call(name, x, named=named)
-        except _Writes:
-            raise
-        except Unfit:
+            y, log_det = self._call(name, x, named)
+        except Unfit as reason:
+            if isinstance(reason, _Writes) and argument is None:
+                raise
             return None
-        close = self._error(formula, x, y, log_det, inverse) <= _CLOSE
+        if argument is not None and not all([*map(id, call.context)] == [*map(id, context)] for call in self.log):
+            return None
+        close = self._error(formula, x, y, log_det, inverse, context) <= _CLOSE
         return log_det is not None if close else None
-
-    def _context(self, name: str, formula: Formula, ways: Sequence[tuple[bool, Mapping[str, Any]]]) -> str | None:
-        """The argument that is passed on to every network as it is, for each of (inverse, flag)."""
-        others = [p.name for p in self.given.methods[name][1] if p.default is None]
-        passed = (each for each in others if all(self._passes(name, formula, each, *way) for way in ways))
-        return next(passed, None)
-
-    def _passes(self, name: str, formula: Formula, argument: str, inverse: bool, flag: Mapping[str, Any]) -> bool:
-        x, context = self._draw(), torch.randn(self.shape[0], 2, dtype=torch.float64).to(self.device)
-        try:
-            y, log_det = self._call(name, x, named={argument: context, **flag})
-        except Unfit:
-            return False
-        if not all(len(call.context) == 1 and call.context[0] is context for call in self.log):
-            return False
-        return self._error(formula, x, y, log_det, inverse, [context]) <= _CLOSE
 
 
 def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:
@@ -419,12 +250,11 @@ def _others(instance: nn.Module, nets: Sequence[nn.Module]) -> tuple[Path, ...]:
     )
 
 
-def _groups(seen: Sequence[_Seen]) -> list[list[_Seen]]:
+def _groups(seen: Sequence[Seen]) -> list[list[Seen]]:
     """The calls of each coupling: those that follow one another with one input; a repeated call counts once."""
-    groups: list[list[_Seen]] = []
+    groups: list[list[Seen]] = []
     for call in seen:
-        same = groups and torch.equal(groups[-1][0].kept, call.kept) if groups else False
-        if not same:
+        if not groups or not torch.equal(groups[-1][0].kept, call.kept):
             groups.append([call])
         elif all(call.net != other.net for other in groups[-1]):
             groups[-1].append(call)
@@ -433,20 +263,24 @@ def _groups(seen: Sequence[_Seen]) -> list[list[_Seen]]:
 
 def _columns(given: Tensor, state: Tensor) -> tuple[list[int], bool]:
     """(columns of the state that are the given columns, whether the others among the given ones are zeros)."""
-    size = state.flatten(2).norm(dim=(0, 2)) if state.ndim > 2 else state.norm(dim=0)
+    size = _norms(state)
     found, zeros = [], 0
     for column in given.unbind(1):
         if not column.any():
             zeros += 1
             continue
-        gap = (state - column.unsqueeze(1)).flatten(2).norm(dim=(0, 2)) if state.ndim > 2 else None
-        gap = (state - column.unsqueeze(1)).norm(dim=0) if gap is None else gap
+        gap = _norms(state - column.unsqueeze(1))
         best = int((gap / size).argmin())
         if not gap[best] <= _CLOSE * size[best] or best in found:
             return [], False
         found.append(best)
     full = zeros > 0 and given.shape[1] == state.shape[1]
     return (found, full) if full or not zeros else ([], False)
+
+
+def _norms(state: Tensor) -> Tensor:
+    """The L2 norm of each column."""
+    return state.transpose(0, 1).flatten(1).norm(dim=1)
 
 
 def _split(kept: list[int], moved: list[int], features: int, sized: bool) -> Split:

@@ -13,6 +13,7 @@ from ..hub import HubMethods
 from ..ranges import range_
 from .undo import Context, Made, Outputs, Undone, undo
 
+_OF_DENSITIES = ("log_prob", "rsample", "sample", "sample_and_log_prob")
 _TRANSFORMS = {"_transform", "forward", "inverse", "forward_and_log_det", "inverse_and_log_det"}
 
 
@@ -99,6 +100,19 @@ class Bijection(nn.Module, HubMethods):
             raise ValueError(f"{kind}: {name} must have {1 + len(self.shape)} dimensions; got {tuple(x.shape)}")
 
 
+def find_part(module: nn.Module, name: str) -> Tensor | nn.Module:
+    """The ``__getattr__`` of flows: torch's, but it tells who looks for a method of a density where to find one.
+
+    Each layer of a call looks up its parts, so that single layers keep torch's own.
+    """
+    own, kind = module.__dict__, type(module).__name__
+    for parts in ("_modules", "_parameters", "_buffers"):
+        if name in own.get(parts, ()):
+            return own[parts][name]
+    advice = f": a {kind} has no base distribution; use lf.Density(flow).{name}" if name in _OF_DENSITIES else ""
+    raise AttributeError(f"{kind!r} object has no attribute {name!r}{advice}")
+
+
 def _both(result: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
     y, log_det = result
     assert log_det is not None
@@ -150,6 +164,8 @@ def constant_log_det(x: Tensor, of_position: Tensor | float = 0.0, inverse: bool
 class Conditioned(Bijection):
     """A bijection with part of its context fixed. Equal contexts of one bijection give the same vector space."""
 
+    __getattr__ = find_part
+
     def __init__(self, bijection: Bijection, context: Context) -> None:
         super().__init__()
         check_kind("bijection", bijection, Bijection)
@@ -187,6 +203,8 @@ class Inverse(Bijection):
     Args:
         bijection: g; this module is g^{-1}.
     """
+
+    __getattr__ = find_part
 
     def __init__(self, bijection: Bijection) -> None:
         super().__init__()

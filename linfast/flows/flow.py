@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_count, check_counts, check_kind
 from ..dispatch import uses_triton
 from .autoregressive import MaskedAutoregressive
-from .bijection import Bijection, constant_log_det, run
+from .bijection import Bijection, constant_log_det, find_part, run
 from .drift import DriftGuard
 from .match import match
 from .reversible import MEMORY_MODES, Step, inverts, reversible
@@ -43,6 +43,8 @@ class Flow(Bijection):
         TypeError: an element of ``bijections`` is not a Bijection.
         ValueError: neighbours whose feature counts differ; an unknown ``memory``.
     """
+
+    __getattr__ = find_part
 
     def __init__(
         self,

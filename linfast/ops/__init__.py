@@ -7,7 +7,6 @@ from .conv2d_fused import conv2d_fused
 from .coupling_mix import coupling_mix
 from .coupling_stack import coupling_stack, mlp_coupling
 from .depthwise_conv import depthwise_conv
-from .glu_skip import glu_skip
 from .group_norm_silu import group_norm_silu
 from .latent_matmul import latent_matmul
 from .linearizer_stack import linearizer_stack
@@ -28,7 +27,6 @@ __all__ = [
     "coupling_mix",
     "coupling_stack",
     "depthwise_conv",
-    "glu_skip",
     "group_norm_silu",
     "latent_matmul",
     "linearizer_stack",

@@ -12,10 +12,11 @@ torch.compile, which passes zeros for every output without a gradient.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +87,16 @@ def _launcher(path: str) -> _Function:
     return getattr(importlib.import_module(f"linfast.kernels.{module}"), function)
 
 
+@contextlib.contextmanager
+def launching(name: str, x: Tensor) -> Iterator[_Function]:
+    """The launcher of this raw op; in the block x's GPU is the current one."""
+    refuse_kernel(name)
+    path = RAW_OPS[name].launch
+    assert path is not None
+    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext(), range_(name):
+        yield _launcher(path)
+
+
 def _complete(outputs: Any, like: Tensor) -> Any:
     """A raw op's outputs, with [0] in place of None; a single output is not put in a tuple."""
     if isinstance(outputs, Tensor):
@@ -100,6 +111,7 @@ def define_op(
     reference: _Function,
     *,
     saves: str,
+    omits: Callable[..., bool] = lambda *_: False,
     gradients: _Function | None = None,
     backward: _Function | None = None,
     plain: _Function | None = None,
@@ -118,7 +130,8 @@ def define_op(
         schema: "NAME(Tensor x, Tensor? bias, float bound) -> (Tensor y, Tensor log_det)".
         fake: of the forward; see ``RawOp``.
         reference: of the forward.
-        saves: names of the inputs and outputs that the backward is given.
+        saves: names of the inputs and outputs that the backward is given; the first is always given.
+        omits: of the forward's arguments: whether the backward is given None for the names that end in "?".
         gradients: maps the backward's arguments to empty tensors laid out as its outputs, whatever ``needs`` says;
             by default contiguous, in the shapes of the saved inputs. The default backward sets an input that is not
             saved to zeros of its gradient's shape and dtype, which is right for a term of a sum.
@@ -132,12 +145,15 @@ def define_op(
     """
     name, inputs, outputs = _parsed(schema)
     tensors = [argument for argument in inputs if argument.startswith("Tensor")]
-    saved, n = saves.split(), len(tensors)
+    saved, n = saves.replace("?", "").split(), len(tensors)
+    may_omit = [name.endswith("?") for name in saves.split()]
     can_be_saved = [*tensors, *outputs]
     picks = [[_name(each) for each in can_be_saved].index(s) for s in saved]
+    declared = [can_be_saved[i] for i in picks]
+    declared = [f"Tensor? {_name(each)}" if may else each for each, may in zip(declared, may_omit, strict=True)]
     of_outputs = ["Tensor? grad", *(f"Tensor? grad_{_name(output)}" for output in outputs[1:])]
     needs_last = ["bool[] needs"] if has_needs else []
-    arguments = [*(can_be_saved[i] for i in picks), *of_outputs, *inputs[n:], *needs_last]
+    arguments = [*declared, *of_outputs, *inputs[n:], *needs_last]
 
     def contiguous(*given: Any) -> list[Tensor | None]:
         by_name = dict(zip(saved, given, strict=False))
@@ -172,7 +188,9 @@ def define_op(
         @staticmethod
         def setup_context(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
             tensors = (*inputs[:n], *_as_tuple(output))
-            ctx.save_for_backward(*[tensors[i] for i in picks])
+            omit = omits(*inputs)
+            kept = (None if omit and may else tensors[i] for i, may in zip(picks, may_omit, strict=True))
+            ctx.save_for_backward(*kept)
             ctx.constants = tuple(inputs[n:])
             ctx.set_materialize_grads(False)
 

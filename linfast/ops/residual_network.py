@@ -16,6 +16,9 @@ its rows depend on each other (batch statistics) or on the order in which they a
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +29,8 @@ from torch import Tensor, nn
 from ..dispatch import are_plain, autocast_dtype, cat, has_global_hook, is_transformed, uses_triton
 from ..rows import one_row, rows_at_once
 from .activations import IN_PLACE
-from .glu_skip import glu_skip
 from .masked_plain import MASKED_ACTIVATIONS
-from .norm_activate import norm_activate
+from .residual_blocks import Step, run_blocks
 
 Layer = tuple[Tensor, Tensor | None]
 """The weight [out, in] and the bias [out] or None of a linear layer."""
@@ -182,25 +184,28 @@ def _network(
     norms = _norms(net)
     plain = are_plain(norms, (nn.BatchNorm1d,)) and not has_global_hook()  # a hook may keep what a norm is given
     writes = plain and _may_write(x)
-    weight, bias = net.first
+    (weight, bias), term = net.first, None
     gates: Iterator[Tensor] = iter(())
     if terms is not None:
-        own, term, gates = terms.weight, terms.first, iter(terms.gates)
-        h = F.linear(x, own, term[0]) if term.shape[0] == 1 else torch.addmm(term, x, own.t())
-    elif context is None:
-        h = F.linear(x, weight, bias)
-    else:
-        gates = (F.linear(context, *block.gate) for block in net.blocks if block.gate is not None)
-        n = x.shape[1]
-        if writes:
-            h = F.linear(x, weight[:, :n], bias).addmm_(context, weight[:, n:].t())
-        else:  # the gradient of one weight is one product
-            h = F.linear(cat((x, context), dim=1), weight, bias)
+        context, weight, term, gates = None, terms.weight, terms.first, iter(terms.gates)
+        bias, term = (term.flatten(), None) if term.shape[0] == 1 else (None, term)
     name = _NAMES.get(net.activation)
     # A batch of no rows is torch's, which counts it and leaves the statistics alone.
-    if name is not None and x.shape[0] and plain and uses_triton(h, weight) and all(map(_is_known, norms)):
-        h = _fused_blocks(h, net, gates, name)
+    fits = x.shape[0] and net.blocks and plain and uses_triton(x, weight) and all(map(_is_known, norms))
+    if name is not None and fits:
+        h = _fused_blocks(F.linear(x, weight), bias, term, net, gates, name)
     else:
+        if term is not None:
+            h = torch.addmm(term, x, weight.t())
+        elif context is None:
+            h = F.linear(x, weight, bias)
+        else:
+            gates = (F.linear(context, *block.gate) for block in net.blocks if block.gate is not None)
+            n = x.shape[1]
+            if writes:
+                h = F.linear(x, weight[:, :n], bias).addmm_(context, weight[:, n:].t())
+            else:  # the gradient of one weight is one product
+                h = F.linear(cat((x, context), dim=1), weight, bias)
         h = _plain_blocks(h, net, gates, writes, plain)
     weight, bias = net.last
     if not transposed:
@@ -235,44 +240,73 @@ def _plain_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], writ
     return h
 
 
-def _fused_blocks(h: Tensor, net: ResidualNetwork, gates: Iterator[Tensor], activation: str) -> Tensor:
-    """The blocks in five launches each: norm and activation, product, twice; then gate and skip."""
-    counted: list[tuple[nn.BatchNorm1d, Tensor, Tensor]] = []
-
-    def activated(x: Tensor, bias: Tensor | None, norm: nn.BatchNorm1d | None) -> Tensor:
-        if norm is None:
-            return norm_activate(x, activation, bias)[0]
-        of_batch = uses_batch(norm)
-        given = (None, None) if of_batch else (norm.running_mean, norm.running_var)
-        y, mean, var = norm_activate(
-            x, activation, bias, norm.weight, norm.bias, *given, of_batch=of_batch, eps=norm.eps
-        )
-        if norm.training and norm.running_mean is not None and mean is not None and var is not None:
-            counted.append((norm, mean, var))
-        return y
-
+def _fused_blocks(
+    r: Tensor, bias: Tensor | None, h: Tensor | None, net: ResidualNetwork, gates: Iterator[Tensor], activation: str
+) -> Tensor:
+    """The blocks on h_0 = r + bias + h, with kernels between the products."""
+    steps, weights, norms, gate = list[Step](), list[Tensor](), list[nn.BatchNorm1d | None](), None
     for block in net.blocks:
         (first, first_bias), (second, second_bias) = block.layers
-        norms = block.norms or (None, None)
-        r = F.linear(activated(h, None, norms[0]), first)
-        r = activated(r, first_bias, norms[1])
-        if net.dropout:
-            r = F.dropout(r, net.dropout, True)
-        gate = next(gates, None)
-        if gate is None:
-            h = h + F.linear(r, second, second_bias)
-        else:
-            h = glu_skip(h, F.linear(r, second), gate, second_bias)
-    if counted:
+        norms += block.norms or (None, None)
+        steps += [_step(bias, gate, norms[-2]), _step(first_bias, None, norms[-1])]
+        weights += [first, second]
+        bias, gate = second_bias, next(gates, None)
+    steps.append(Step(bias, gate))
+    u, statistics = run_blocks(r, None if h is None else h.to(r.dtype), steps, weights, activation, net.dropout)
+    counted = [
+        (norm, *found)
+        for norm, found in zip(norms, statistics, strict=True)
+        if norm is not None and norm.training and norm.running_mean is not None
+    ]
+    if _thread.counted is None:
         _count(counted)
-    return h
+    else:
+        _thread.counted += counted
+    return u
 
 
-def _count(found: Sequence[tuple[nn.BatchNorm1d, Tensor, Tensor]]) -> None:
-    """Update the statistics of these norms, as they do by themselves, all at once for each momentum."""
+def _step(bias: Tensor | None, gate: Tensor | None, norm: nn.BatchNorm1d | None) -> Step:
+    if norm is None:
+        return Step(bias, gate)
+    statistics = (None, None) if uses_batch(norm) else (norm.running_mean, norm.running_var)
+    return Step(bias, gate, norm.weight, norm.bias, *statistics, uses_batch(norm), norm.eps)
+
+
+_Counted = tuple[nn.BatchNorm1d, Tensor, Tensor]  # with the mean and variance of the batch
+
+
+class _Thread(threading.local):
+    """What a ``counted_at_once`` block of this thread has to count at its end; None outside."""
+
+    counted: list[_Counted] | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def counted_at_once() -> Iterator[None]:
+    """In the block the norms whose statistics a kernel takes are updated at its end, all networks' at once."""
+    before, _thread.counted = _thread.counted, []
+    try:
+        yield
+    finally:
+        found, _thread.counted = _thread.counted, before
+        _count(found)
+
+
+def _count(found: Sequence[_Counted]) -> None:
+    """Update the statistics of these norms, as they do by themselves, all at once for each momentum.
+
+    A norm that ran several times is updated as often.
+    """
+    groups: dict[tuple[float | None, int], list[_Counted]] = {}
+    times = Counter[nn.BatchNorm1d]()
+    for norm, mean, var in found:
+        groups.setdefault((norm.momentum, times[norm]), []).append((norm, mean, var))
+        times[norm] += 1
     with torch.no_grad():
-        for momentum in {norm.momentum for norm, *_ in found}:
-            mine = [each for each in found if each[0].momentum == momentum]
+        for (momentum, _), mine in groups.items():
             running: list[Any] = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
             of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
             of_batch = [b.to(r.dtype) for r, b in zip(running, of_batch, strict=True)]

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flag, check_kind, check_number, check_tensor
-from ..dispatch import cat, chosen_backend, records_gradients, uses_triton, without_autocast
+from ..dispatch import cat, chosen_backend, is_forward_mode, records_gradients, uses_triton, without_autocast
 from ..kernels.spline_spec import SPLINE_SCHEMA, TAILS, Spline
 from .register import define_op
 from .spline_plain import plain, wide_type
@@ -214,7 +214,9 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 
 def _runs_planes(x: Tensor, *given: Tensor) -> bool:
-    """Whether the code for a CPU runs."""
+    """Whether the code for a CPU runs. It has no forward-mode derivative, which the reference has."""
+    if not torch.compiler.is_compiling() and is_forward_mode():
+        return False
     return x.is_cpu and chosen_backend() != "reference" and not uses_triton(x, *given)
 
 

@@ -18,7 +18,7 @@ latent term by the variance of z_1: the scale of the latents then diverges. Sour
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from ..checks import check_number, check_tensor, said_of
 from ..linearizer import Linearizer
 from ..ranges import range_
 from ..sampling.sampler import check_over_time
-from .objective import DataObjective, check_batch, check_given, check_options, distance_of
+from .objective import DataObjective, check_batch, check_given, check_options, distance_of, no_such_term
 
 
 class FlowMatchingLoss(NamedTuple):
@@ -43,6 +43,9 @@ class FlowMatchingLoss(NamedTuple):
     @property
     def total(self) -> Tensor:
         return self.latent + self.data + self.noise + self.prediction + self.likelihood
+
+    def __getattr__(self, name: str) -> NoReturn:
+        no_such_term(self, name)
 
 
 def one_step_loss(

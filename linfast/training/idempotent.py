@@ -16,7 +16,7 @@ which trains without noise.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple, NoReturn, cast
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from ..checks import check_kind, check_number
 from ..dispatch import cat
 from ..linearizer import Linearizer
 from ..operators import Projection
-from .objective import DataObjective, check_batch, check_given, check_options, distance_of
+from .objective import DataObjective, check_batch, check_given, check_options, distance_of, no_such_term
 
 
 class IdempotentLoss(NamedTuple):
@@ -40,6 +40,9 @@ class IdempotentLoss(NamedTuple):
     @property
     def total(self) -> Tensor:
         return self.reconstruction + self.rank + self.isometry + self.denoising
+
+    def __getattr__(self, name: str) -> NoReturn:
+        no_such_term(self, name)
 
 
 def idempotent_loss(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +68,13 @@ class DataObjective(Objective):
         if not self.options[self._optional]:
             del terms[self._optional]
         return terms
+
+
+def no_such_term(terms: tuple[Tensor, ...], name: str) -> NoReturn:
+    """Raise the AttributeError of a loss's terms; it names ``total`` to those who look for a tensor's attribute."""
+    kind = type(terms).__name__
+    advice = f": it holds the terms of a loss; use its total.{name}" if hasattr(Tensor, name) else ""
+    raise AttributeError(f"{kind!r} object has no attribute {name!r}{advice}")
 
 
 def check_batch(name: str, x: Tensor) -> None:

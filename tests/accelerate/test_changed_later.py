@@ -180,6 +180,24 @@ def test_a_setting_changed_since_a_compilation_is_followed(monkeypatch):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_wrong_arguments_raise_the_librarys_own_error():
+    transforms, nets, nf = require("nflows.transforms"), require("nflows.nn.nets"), require("normflows")
+    affine = transforms.AffineCouplingTransform([1, 0] * 3, lambda i, o: nets.ResidualNet(i, o, 8))
+    spline = transforms.PiecewiseRationalQuadraticCouplingTransform(
+        [1, 0] * 3, lambda i, o: nets.ResidualNet(i, o, 8), tails="linear"
+    )
+    chain = transforms.CompositeTransform([spline, spline])
+    for model in (affine, spline, chain, nf.flows.AffineCouplingBlock(net(3, 6))):
+        fast = copy.deepcopy(model)
+        assert lf.accelerate(fast).swapped
+        for arguments in ((), (torch.randn(4, FEATURES), None, None, None, None)):
+            with pytest.raises(TypeError) as wanted:
+                model(*arguments)
+            with pytest.raises(TypeError) as found:
+                fast(*arguments)
+            assert str(found.value) == str(wanted.value)
+
+
 def test_arguments_by_keyword_and_methods_replaced_later():
     nflows, nets = require("nflows.transforms"), require("nflows.nn.nets")
     layer = nflows.AffineCouplingTransform([1, 0] * 3, lambda i, o: nets.ResidualNet(i, o, 8))

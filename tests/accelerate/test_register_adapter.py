@@ -252,9 +252,9 @@ def test_unchanged_state_is_compared_and_not_looked_for_again(monkeypatch):
     lf.register_adapter(WithGain, conditioner="nets", scale_map=shapes.TANH)
     model, x = WithGain(), torch.randn(5, 8)
     assert lf.accelerate(model).swapped
-    from linfast.accelerate.libraries import plain
+    from linfast.accelerate import registered
 
-    monkeypatch.setattr(plain, "find_formula", None)
+    monkeypatch.setattr(registered, "find_formula", None)
     model(x), model.eval()(x)
 
 

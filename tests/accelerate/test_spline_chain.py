@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -118,6 +119,26 @@ def test_in_float32_the_error_is_the_librarys(name: str) -> None:
     wanted = _outputs(exact)[:2]
     assert _is_close(_outputs(model, torch.float32)[:2], wanted, 2e-6)
     assert _is_close(_outputs(original, torch.float32)[:2], wanted, 2e-6)
+
+
+def test_a_training_step_by_kernels_counts_its_batches_as_the_library() -> None:
+    """Also the networks that ran before an error."""
+    model = _model("dingo").float().train()
+    original = copy.deepcopy(model)
+    lf.accelerate(model)
+    x, c = torch.randn(BATCH, D, dtype=torch.float32), torch.randn(BATCH, CONTEXT, dtype=torch.float32)
+    for fails in (False, True):
+        for each in (model, original):
+            last = each._transforms[5].transform_net.final_layer
+            with lf.backend("triton"), contextlib.ExitStack() as stack:
+                if fails:
+                    last.weight.data = last.weight.data[:, :-1]
+                    stack.enter_context(pytest.raises(RuntimeError))
+                each(x, c)
+        assert _is_close([*model.buffers()], [*original.buffers()], 1e-5)
+    counts = [b.item() for n, b in model.named_buffers() if n.endswith("num_batches_tracked")]
+    assert counts
+    assert set(counts) == {2}
 
 
 _CHANGES: dict[str, tuple[Callable[[nn.Module], object], bool]] = {  # and whether the chain then still runs whole
@@ -336,6 +357,15 @@ def test_a_map_of_another_dtype_fails_as_in_the_library() -> None:
         each._transforms[0].float()
         with pytest.raises(RuntimeError, match="dtype"):
             each(torch.randn(BATCH, D), torch.randn(BATCH, CONTEXT))
+
+
+def test_the_tables_of_the_maps_are_made_whatever_the_default_device_is() -> None:
+    original = _model("maps in a row")
+    model, x, c = copy.deepcopy(original), torch.randn(BATCH, D), torch.randn(BATCH, CONTEXT)
+    lf.accelerate(model)
+    with torch.device("meta"):  # a stand-in for a GPU
+        found = [*model(x, c), *model.inverse(x, c)]
+    assert _is_close(found, [*original(x, c), *original.inverse(x, c)], 1e-12)
 
 
 def test_another_transform_of_the_kept_features_is_followed() -> None:

@@ -140,6 +140,30 @@ def test_outside_the_domain_the_network_runs_no_second_time(own, feature):
     assert_same([*fast.buffers()], [*model.buffers()])
 
 
+class _Half(nn.Module):
+    """Its output is of half precision, as of a network that was quantised."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(n_in, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, n_out))
+
+    def forward(self, x, context=None):
+        return self.net(x).half()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_where_the_librarys_spline_runs_the_network_has_run_once(inverse):
+    """It may count its calls, as batch norm does, and draw random numbers."""
+    model, fast, report = coupling(_Half)
+    assert len(report.swapped) == 1
+    found = []
+    for each in (model, fast):
+        torch.manual_seed(2)
+        outputs = (each.train().inverse if inverse else each.train())(values()[0])
+        found.append([t.double() for t in (*outputs, torch.rand(3), *each.buffers())])
+    assert_close(found[1], found[0], 1e-5)
+
+
 def test_an_error_of_the_network_is_raised_at_once():
     model, fast, _ = coupling(lambda n_in, n_out: _Refuses(n_in, n_out))
     for each in (model, fast):

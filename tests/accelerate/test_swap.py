@@ -348,6 +348,9 @@ def test_the_report_prints_as_a_table(registered):
     assert lines[3].startswith("2 ")
     assert lines[-1] == "2 of 3 recognised modules swapped"
     assert "no module of a known library" in str(lf.accelerate(nn.Linear(2, 2)))
+    flow = lf.coupling_flow(2, 1, (4,))
+    for own in (flow, lf.Density(flow), nn.Sequential(flow), lf.Linearizer(flow, lf.Dense(2))):
+        assert str(lf.accelerate(own)).startswith("accelerate: nothing to do: linfast's own modules")
 
 
 def test_mlps_are_recognised():

@@ -106,6 +106,22 @@ def test_batches_of_other_shapes(by_op):
     assert by_op
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float16])
+@pytest.mark.parametrize("name", ["NSF", "NCSF"])
+def test_values_of_another_dtype_give_zukos_dtype_and_values(name, dtype, by_op):
+    """The op keeps the dtype of x: integers would be rounded, and lose their gradients."""
+    model, fast = (each.float() for each in two(name))
+    c = drawn()[1].float()[0]
+    x = torch.arange(-6, 6).view(3, FEATURES).remainder(5).sub(2).to(dtype)
+    for inverse in (False, True):
+        found, wanted = (
+            (t.inv if inverse else t).call_and_ladj(x) for t in (fast(c).transform, model(c).transform)
+        )
+        assert [(t.dtype, t.requires_grad) for t in found] == [(t.dtype, t.requires_grad) for t in wanted]
+        close([t.double() for t in found], [t.double() for t in wanted], 1e-3 if dtype.is_floating_point else 1e-5)
+    assert by_op
+
+
 def test_a_copy_a_pickle_and_restore_keep_values(by_op):
     model, fast = two("NSF")
     x, c = drawn()

@@ -146,12 +146,6 @@ OPS: dict[str, Good] = {
         "x",
         {"weight": {"one rank more in front"}},
     ),
-    "glu_skip": Good(
-        lambda: (ops.glu_skip, {"h": x(3, 4), "r": x(3, 4), "gate": x(3, 4), "bias": x(4)}),
-        {"h": "B C", "r": "B C", "gate": "B C", "bias": "C"},
-        "h",
-        {"gate": {"dimension 0 of size 1"}},
-    ),
     "norm_activate": Good(
         lambda: (
             ops.norm_activate,
@@ -163,12 +157,19 @@ OPS: dict[str, Good] = {
                 "shift": x(4),
                 "mean": x(4),
                 "var": x(4).exp(),
+                "skip": x(3, 4),
+                "gate": x(3, 4),
+                "with_sum": True,
                 "of_batch": False,
                 "eps": 1e-5,
             },
         ),
-        {"x": "b C", "bias": "C", "weight": "C", "shift": "C", "mean": "C", "var": "C"},
+        {
+            **{"x": "B C", "skip": "B C", "gate": "B C"},
+            **{"bias": "C", "weight": "C", "shift": "C", "mean": "C", "var": "C"},
+        },
         "x",
+        {"gate": {"dimension 0 of size 1"}},
     ),
     "group_norm_silu": Good(
         lambda: (

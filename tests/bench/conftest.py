@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from linfast.bench import environment, harness, timing
+from linfast.bench import environment, standard, timing
 
 from .toy import Clock
 
@@ -18,6 +18,6 @@ def _one_thread() -> None:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """The clock that the benchmarks read."""
     clock = Clock()
-    for module in (environment, harness, timing):
+    for module in (environment, standard, timing):
         monkeypatch.setattr(module, "time", clock)
     return clock

@@ -11,6 +11,7 @@ from linfast.bench import harness, timing
 from linfast.bench.cases import CASES
 from linfast.bench.harness import Case, Options, Problem, Provider, Size, measure
 from linfast.bench.report import table
+from linfast.bench.standard import Standard
 from linfast.bench.timing import peak_bytes
 from torch import Tensor
 
@@ -107,7 +108,7 @@ def test_a_kernel_that_bypasses_the_backend_is_found(kernels: Kernels) -> None:
 
 
 def test_an_allowance_that_zeros_would_fit_refuses() -> None:
-    standard = harness.Standard([(torch.ones(3).double(),)], [2.0])
+    standard = Standard([(torch.ones(3).double(),)], [2.0])
     assert standard.verdict(0, (torch.zeros(3),)).refused == "error 1, allowed 2: zeros would pass"
 
 

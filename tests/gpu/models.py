@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from linfast.bench.cases import CASES
 from linfast.bench.cases.common import FORWARD, INVERSE, TRAIN, perturb
-from linfast.bench.harness import Options, Verdict, judged
+from linfast.bench.harness import Options, judged
 from linfast.bench.rounding import relative_error
+from linfast.bench.standard import Verdict
 from torch import Tensor, nn
 
 import linfast as lf

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from linfast.bench.cases import CASES, common
 from linfast.bench.cases.common import in_precision
-from linfast.bench.harness import Case, Options, Size, Verdict, judge, own_standard
+from linfast.bench.harness import Case, Options, Size
 from linfast.bench.rounding import relative_error
+from linfast.bench.standard import Verdict, judge, own_standard
 
 import linfast as lf
 from linfast.precision import PRECISIONS

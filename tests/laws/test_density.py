@@ -158,6 +158,41 @@ def test_wrong_contexts_are_named() -> None:
         density()(x, torch.randn(4, 3, dtype=F64))
 
 
+class _Fails(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, context: Tensor) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB; see max_split_size_mb"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800 bytes"),
+        RuntimeError("the server is gone"),
+        NotImplementedError("not for this size"),
+        KeyError("size"),
+    ],
+)
+def test_errors_inside_an_embedding_that_are_not_of_its_input_are_its_own(error: Exception) -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,), context_features=3), embedding=_Fails(error))
+    with pytest.raises(type(error)) as raised:
+        p(torch.randn(4, 2), torch.randn(4, 5))
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "context", [torch.randn(4, 6), torch.randn(4, 5).double(), torch.randn(4, 5, device="meta")]
+)
+def test_an_input_that_the_embedding_refuses_is_named(context: Tensor) -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,), context_features=3), embedding=nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"context \(4, .\) is refused by the embedding"):
+        p(torch.randn(4, 2), context)
+
+
 def test_images_with_a_context_and_any_shape() -> None:
     p = perturb(lf.Density(lf.Flow([lf.Squeeze(1), lf.ActNorm(4)]), shape=(4, 2, 3)))
     assert p.sample(5).shape == (5, 1, 4, 6)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import linfast as lf
-from tests.laws.zoo import density
+from tests.laws.zoo import density, perturb
 
 F64 = torch.float64
 
@@ -79,6 +79,72 @@ def test_what_standardize_keeps() -> None:
     assert not p.flow.training
     assert not p.flow[0].training
     assert all(mine is theirs for mine, theirs in zip([*p.flow[1:].parameters()], weights, strict=True))
+
+
+class _Logit(lf.Bijection):
+    """z = log(x / (1 - x)): the layer of docs/guides/flows.md."""
+
+    features = 2
+
+    def _transform(self, x, context, inverse, log_det):  # type: ignore[no-untyped-def]
+        y = torch.sigmoid(x) if inverse else torch.log(x) - torch.log1p(-x)
+        inside = y if inverse else x
+        total = -(torch.log(inside) + torch.log1p(-inside)).sum(1)
+        return y, (-total if inverse else total) if log_det else None
+
+
+class _NeedsContext(_Logit):
+    def _transform(self, x, context, inverse, log_det):  # type: ignore[no-untyped-def]
+        return super()._transform(x + context["context"], {}, inverse, log_det)
+
+
+def test_a_layer_that_takes_an_interval_is_not_given_standardised_data() -> None:
+    x = torch.rand(50, 2)
+    for flow in (_Logit(), lf.Flow([_Logit(), *lf.coupling_flow(2, 2, (8,))]), lf.Flow([lf.Permute(2), _Logit()])):
+        p = lf.Density(flow)
+        with pytest.raises(
+            ValueError, match=r"_Logit gives NaN .* Leave out standardize, and put lf.ActNorm after"
+        ):
+            p.standardize(x)
+        assert p.flow is flow
+        assert p(x).isfinite().all()
+    norm = lf.ActNorm(2)
+    lf.Density(lf.Flow([lf.Inverse(_Logit()), norm])).standardize(x)  # its own values are in order
+    assert not norm.initialized
+    lf.Density(lf.Flow([_NeedsContext()])).standardize(x)
+    advised = lf.Density(lf.Flow([_Logit(), lf.ActNorm(2), *lf.coupling_flow(2, 2, (8,))]))
+    assert advised(x).isfinite().all()
+
+
+@pytest.mark.parametrize("given", [lf.coupling_flow(2, 2, (8,)), lf.AffineCoupling(lf.MLP(1, 2, (8,)), 2)])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_brings_the_layer_of_standardize(given: lf.Bijection, assign: bool) -> None:
+    saved = lf.Density(copy.deepcopy(given)).standardize(5 + 3 * torch.randn(50, 2))
+    perturb(saved.flow[1:])  # type: ignore[index]
+    wrapped = torch.nn.ModuleDict({"p": lf.Density(copy.deepcopy(given)).eval()})
+    weights = [*wrapped.parameters()]
+    wrapped.load_state_dict({f"p.{name}": value for name, value in saved.state_dict().items()}, assign=assign)
+    p, x = wrapped["p"], torch.randn(4, 2)
+    assert torch.equal(p(x), saved(x))
+    assert not p.flow.training
+    assert [v.requires_grad for v in p.parameters()] == [v.requires_grad for v in saved.parameters()]
+    assert assign or all(mine is theirs for mine, theirs in zip([*p.parameters()][2:], weights, strict=True))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p.train()(1e4 + torch.randn(50, 2))
+        p.load_state_dict(saved.state_dict())  # once more
+    assert len(p.flow) == len(saved.flow)  # type: ignore[arg-type]
+
+
+def test_another_state_changes_no_layers() -> None:
+    p = lf.Density(lf.coupling_flow(2, 2, (8,)))
+    deeper = lf.Density(lf.coupling_flow(2, 3, (8,))).standardize(torch.randn(9, 2))
+    wider = lf.Density(lf.coupling_flow(4, 2, (8,))).standardize(torch.randn(9, 4))
+    for other in (deeper, wider, lf.Density(lf.coupling_flow(2, 2, (8,), actnorm=True))):
+        flow = p.flow
+        with pytest.raises(RuntimeError, match="Error"):
+            p.load_state_dict(other.state_dict())
+        assert p.flow is flow
 
 
 def test_a_flow_with_its_own_actnorm_gives_no_warning() -> None:

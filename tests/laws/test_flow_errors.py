@@ -91,3 +91,31 @@ def _unet_flow(channels: int, resolution: int | tuple[int, int], **options: obje
 def test_clear_errors(call, error: type[Exception], match: str) -> None:
     with pytest.raises(error, match=match):
         call()
+
+
+_CONTEXT = torch.ones(1, 3)
+
+
+@pytest.mark.parametrize("name", ["log_prob", "rsample", "sample", "sample_and_log_prob"])
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lf.coupling_flow(2, 1, (4,)),
+        lf.coupling_flow(2, 1, (4,), context_features=3).at(context=_CONTEXT),
+        lf.Inverse(lf.coupling_flow(2, 1, (4,))),
+    ],
+)
+def test_a_density_is_named_to_who_asks_a_flow_for_one(flow: lf.Bijection, name: str) -> None:
+    assert not hasattr(flow, name)
+    kind = type(flow).__name__
+    with pytest.raises(AttributeError, match=rf"a {kind} has no base distribution; use lf.Density\(flow\).{name}$"):
+        getattr(flow, name)
+    with pytest.raises(AttributeError, match=f"^'{kind}' object has no attribute 'other'$"):
+        flow.other  # noqa: B018
+    assert all(getattr(flow, part) is module for part, module in flow.named_children())
+    assert all(getattr(flow, part) is tensor for part, tensor in flow.named_buffers(recurse=False))
+    flow.weight = parameter = nn.Parameter(torch.ones(1))
+    assert flow.weight is parameter
+    del flow.weight
+    with pytest.raises(AttributeError, match="no attribute 'bijections'"):
+        lf.Flow.__new__(lf.Flow).bijections  # noqa: B018

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.distributions as D
+from torch import nn
 
 import linfast as lf
 from tests.laws.zoo import density, perturb
@@ -43,6 +49,23 @@ def test_a_transform_keeps_nothing_unless_told_to() -> None:
     assert images(torch.randn(5, 2, 4, 4)).shape == (5, 2, 4, 4)
     with pytest.raises(ValueError, match="flow must keep the shape of x: 2 features become 8"):
         lf.FlowTransform(lf.Squeeze(2))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))])
+@pytest.mark.parametrize("cache_size", [0, 1])
+def test_distributions_of_a_flow_are_copied(copied: Callable[[Any], Any], cache_size: int) -> None:
+    flow, x = density().flow, torch.randn(4, 2, dtype=F64)
+    noise = D.Independent(D.Normal(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)), 1)
+    transform = lf.FlowTransform(flow, cache_size)
+    for inverse in (transform.inv, transform.inv.inv.inv):
+        q = D.TransformedDistribution(noise, [inverse])
+        other = copied(q)
+        assert torch.equal(other.log_prob(x), q.log_prob(x))
+        assert other.rsample((3,)).shape == (3, 2)
+        other.transforms[0].inv.flow.bijections[0].conditioner = nn.Linear(1, 2).double()
+        assert not torch.equal(other.log_prob(x), q.log_prob(x))
+    assert transform.inv is transform.inv is not None
+    assert transform.inv.inv is transform
 
 
 def test_a_flow_is_a_sequence_of_its_layers() -> None:

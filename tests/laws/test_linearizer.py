@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -175,6 +177,23 @@ def test_svd_is_a_singular_system_of_data(name: str) -> None:
         assert zoo.distance(f(right), f.space_y.scale(S, left), f(right).detach().norm()) <= limit
     x = zoo.batch(A.n_in, torch.float64)
     assert relative(svd.linearizer()(x), f(x)) <= limit
+
+
+def test_an_svd_is_indexed_and_shown() -> None:
+    tall = lf.Linearizer(lf.coupling_flow(4, 1, (4,)), lf.Dense(16, 4), lf.image_flow(1, 4, 1, 4))
+    svd = tall.svd()
+    assert repr(svd) == "LinearizerSVD(left=[4, 1, 4, 4], S=[4], right=[4, 4])"
+    assert all(torch.equal(a, b) for a, b in zip((svd[0], svd[1], svd[-1]), svd, strict=True))
+    assert (svd.left.shape, svd.right.shape) == ((4, 1, 4, 4), (4, 4))
+    assert all(torch.equal(a, b) for a, b in zip(svd, (svd.left, svd.S, svd.right), strict=True))
+    assert len(svd) == 3
+    with pytest.raises(IndexError):
+        svd[3]
+    for name in ("U", "Vh"):
+        assert not hasattr(svd, name)
+        with pytest.raises(AttributeError, match=f"{name!r}; see left and right, or operator for the SVD of A"):
+            getattr(svd, name)
+    assert torch.equal(copy.copy(svd).S, svd.S)
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,19 @@ def test_the_op_refuses_a_spline_that_does_not_fit() -> None:
     given["spline"] = g.spline._replace(bins=7)
     with pytest.raises(ValueError, match="a spline of 7 bins needs 20 parameters per feature; the masks have 17"):
         lf.ops.masked_autoregressive(x, masks, weights, biases, scale_map=None, **given)
+
+
+@pytest.mark.parametrize("make", [lf.coupling_flow, lf.autoregressive_flow])
+def test_forward_mode_derivatives_are_those_of_reverse_mode(make: Callable[..., lf.Flow]) -> None:
+    """Also beneath and above reverse mode, as in torch.func.hessian, and under vmap."""
+    p = lf.Density(perturb(make(3, 2, (8,), transform="spline").double(), 0.3))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.jacfwd(p.flow)(x), torch.func.jacrev(p.flow)(x), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(torch.func.jacfwd(p)(x), torch.func.jacrev(p)(x), rtol=1e-9, atol=1e-11)
+
+    def of_row(row: Tensor) -> Tensor:
+        return p(row[None])[0]
+
+    found = torch.func.vmap(torch.func.hessian(of_row))(x)
+    expected = torch.stack([torch.autograd.functional.hessian(of_row, row) for row in x])
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

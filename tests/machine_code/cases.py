@@ -290,15 +290,19 @@ def _residual_blocks() -> Iterator[Case]:
                 ) -> Outputs:
                     given = {} if norm != "given" else {"mean": torch.ones_like(bias), "var": torch.ones_like(bias)}
                     of_batch = norm == "batch"
-                    return [ops.norm_activate(x, activation, bias, *parameters, **given, of_batch=of_batch)[0]]
+                    return [ops.norm_activate(x, activation, bias, *parameters, **given, of_batch=of_batch)[1]]
 
                 inputs = _randn(shape, *((shape[1],) for _ in range(1 if norm == "none" else 3)))
                 label = f"{shape} {activation} {norm}"
                 yield Case("norm_activate", label, inputs, activate, smoke=shape[0] == 300 and i in (1, 4))
     for shape, rows in (((9, 7), 9), ((300, 33), 300), ((300, 33), 1)):
+        for norm in ("end", "none", "batch"):
 
-        def gate(h: Tensor, r: Tensor, g: Tensor, b: Tensor) -> Outputs:
-            return [ops.glu_skip(h, r, g, b)]
+            def gated(x: Tensor, bias: Tensor, skip: Tensor, gate: Tensor, norm: str = norm) -> Outputs:
+                of_batch, activation = norm == "batch", None if norm == "end" else "elu"
+                found = ops.norm_activate(x, activation, bias, skip=skip, gate=gate, of_batch=of_batch)[:2]
+                return [t for t in found if t is not None]
 
-        inputs = _randn(shape, shape, (rows, shape[1]), shape[1:])
-        yield Case("glu_skip", f"{shape} gate {rows}", inputs, gate, smoke=shape[0] == 300)
+            inputs = _randn(shape, shape[1:], shape, (rows, shape[1]))
+            label = f"{shape} gate {rows} {norm}"
+            yield Case("norm_activate", label, inputs, gated, smoke=shape[0] == 300)

@@ -318,6 +318,8 @@ def test_damaged_files_are_refused(change, match: str, tmp_path) -> None:
 def test_files_that_are_not_ours(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="missing"):
         lf.load(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"a folder and no file \(from_pretrained reads"):
+        lf.load(tmp_path)
     (tmp_path / "text").write_text("hello")
     with pytest.raises(ValueError, match="not a safetensors file"):
         lf.load(tmp_path / "text")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import linfast as lf
 from linfast import rows
 from linfast.flows import reversible
-from linfast.ops.residual_network import all_context_terms, context_terms, residual_network
+from linfast.ops.residual_network import all_context_terms, context_terms, counted_at_once, residual_network
 from tests.laws.zoo import perturb, relative
 from tests.ops.budget import DEVICE
 
@@ -410,6 +411,33 @@ def test_no_samples_leave_the_statistics_of_batch_norm_as_torch_does(backend: st
     after = dict(net.named_buffers())
     assert all(torch.equal(after[k], v) for k, v in before.items())
     assert all(v == 1 for k, v in after.items() if "num_batches" in k)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_norm_that_runs_twice_is_counted_twice(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is in two networks, that are counted at once; a list of one call holds a tensor once."""
+    nets = [_net(batch_norm=True).float().to(DEVICE) for _ in range(2)]
+    shared = nets[0].blocks[0].norms[0]
+    nets[0].blocks[1].norms[0] = nets[1].blocks[1].norms[1] = shared
+    expected = copy.deepcopy(nets)
+    x, lerp = torch.randn(20, N_IN, device=DEVICE), torch._foreach_lerp_
+
+    def checked(tensors: list[Tensor], *rest: Any) -> None:
+        assert len({t.data_ptr() for t in tensors}) == len(tensors)
+        lerp(tensors, *rest)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", checked)
+    with lf.backend("triton"), counted_at_once() if together else contextlib.nullcontext():
+        for net in nets:
+            net(x)
+        assert shared.num_batches_tracked == (0 if together else 3)
+    with lf.backend("reference"):
+        for net in expected:
+            net(x)
+    assert shared.num_batches_tracked == 3
+    torch.testing.assert_close(
+        [*nets[0].buffers(), *nets[1].buffers()], [*expected[0].buffers(), *expected[1].buffers()]
+    )
 
 
 def test_a_new_network_is_zero_and_its_blocks_are_nearly_the_identity() -> None:

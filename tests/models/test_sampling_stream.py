@@ -101,6 +101,10 @@ def test_what_f_may_be() -> None:
     image = lf.Linearizer(perturb(lf.image_flow(1, 4, 2, 8)), lf.TimeLowRank(16, 2))
     assert next(lf.sample_stream(image, 3, steps=5, block_size=2)).shape == (3, 1, 4, 4)
     assert _rows(image.bfloat16(), 3).dtype == np.float32  # which numpy lacks
+    with pytest.raises(ValueError, match=r"for a Flow: .*; a flow maps data to noise: .* give lf.Density\(flow\)$"):
+        _stream(lf.Flow([lf.Permute(2)]), None, seed=1)
+    with pytest.raises(ValueError, match=r"must be given for an Inverse: its noise has no known shape$"):
+        _stream(lf.Inverse(lf.Flow([lf.Permute(2)])), None, seed=1)
     with pytest.raises(ValueError, match="noise_shape must be given for a Tanh"):
         lf.sample_stream(torch.nn.Tanh(), 3)
 

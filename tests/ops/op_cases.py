@@ -73,15 +73,19 @@ def _normed(*names: str) -> Case:
     return Case("group_norm_silu", call, _drawn((2, 4, 3, 2), *(shapes[name] for name in names)))
 
 
-def _activated(*names: str, of_batch: bool = False, given: bool = False) -> Case:
+def _activated(
+    *names: str, activation: str | None = "elu", of_batch: bool = False, given: bool = False, rows: int = 6
+) -> Case:
     """Statistics that are given are constants: a kernel has no gradients for them."""
 
     def call(x: Tensor, *parameters: Tensor) -> Outputs:
         statistics = {"mean": x.new_ones(5), "var": x.new_full((5,), 2.0)} if given else {}
         named = dict(zip(names, parameters, strict=True))
-        return ops.norm_activate(x, "elu", **named, **statistics, of_batch=of_batch)[:1]
+        found = ops.norm_activate(x, activation, **named, **statistics, of_batch=of_batch)[:2]
+        return tuple(t for t in found if t is not None)
 
-    return Case("norm_activate", call, _drawn((6, 5), *((5,) for _ in names)))
+    shapes = {"skip": (6, 5), "gate": (rows, 5)}
+    return Case("norm_activate", call, _drawn((6, 5), *(shapes.get(name, (5,)) for name in names)))
 
 
 def _picked(n: int, bias: bool) -> Case:
@@ -208,8 +212,6 @@ CASES = {
     "coupling_stack, bare": _stack(_Network(4, bias=False, moves="second"), inverse=False, log_det=False),
     "depthwise_conv": Case("depthwise_conv", _tensor(ops.depthwise_conv), _drawn((2, 3, 5, 4), (2, 3, 3, 3))),
     "depthwise_conv, shared": Case("depthwise_conv", _tensor(ops.depthwise_conv), _drawn((2, 3, 5, 4), (3, 3, 3))),
-    "glu_skip": Case("glu_skip", _tensor(ops.glu_skip), _drawn((3, 5), (3, 5), (3, 5), (5,))),
-    "glu_skip, one row": Case("glu_skip", _tensor(ops.glu_skip), _drawn((3, 5), (3, 5), (1, 5))),
     "group_norm_silu": _normed("weight", "bias", "scale", "shift"),
     "group_norm_silu, bias": _normed("bias"),
     "group_norm_silu, bare": _normed(),
@@ -228,6 +230,9 @@ CASES = {
     "norm_activate": _activated("bias", "weight", "shift", of_batch=True),
     "norm_activate, given": _activated("bias", "weight", "shift", given=True),
     "norm_activate, bare": _activated(),
+    "norm_activate, gate and skip": _activated("bias", "skip", "gate", "weight", "shift", of_batch=True),
+    "norm_activate, end of a block": _activated("bias", "skip", "gate", activation=None, rows=1),
+    "norm_activate, skip": _activated("skip", activation=None),
     "mlp_coupling": _one_layer(bias=True, log_det=True),
     "mlp_coupling, neither": _one_layer(bias=False, log_det=False),
     "rq_spline": _splined(3, "linear", inverse=False, log_det=True),

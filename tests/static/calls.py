@@ -102,20 +102,19 @@ def group_norm_silu(
 
 def norm_activate(
     batch: int, width: int, dtype: str = "fp32", of_batch: bool = True, normed: bool = True, frozen: bool = False,
-    activation: str = "elu",
+    activation: str | None = "elu", gated: bool = False, rows: int | None = None,
 ) -> None:  # fmt: skip
+    """``gated``: with a skip and a gate, of so many ``rows``."""
     x = tensor(batch, width, dtype=dtype)
+    skip = tensor(batch, width, dtype=dtype) if gated else None
+    gate = tensor(batch if rows is None else rows, width, dtype=dtype) if gated else None
     bias, weight, shift = (tensor(width, grad=not frozen) for _ in range(3))
     given = (weight, shift) if normed else (None, None)
     statistics = {} if of_batch or not normed else {"mean": torch.ones(width), "var": torch.ones(width)}
-    y = ops.norm_activate(x, activation, bias, *given, **statistics, of_batch=of_batch)[0]
-    both_ways(y, x, bias, *given)
-
-
-def glu_skip(batch: int, width: int, dtype: str = "fp32", rows: int | None = None, frozen: bool = False) -> None:
-    h, r, gate = (tensor(b, width, dtype=dtype) for b in (batch, batch, batch if rows is None else rows))
-    bias = tensor(width, grad=not frozen)
-    both_ways(ops.glu_skip(h, r, gate, bias), h, r, gate, bias)
+    found = ops.norm_activate(x, activation, bias, *given, **statistics, skip=skip, gate=gate, of_batch=of_batch)[
+        :2
+    ]
+    both_ways(found, x, bias, skip, gate, *given)
 
 
 def latent_matmul(batch: int, n: int, operators: int, dtype: str = "fp32", precision: str | None = None) -> None:
@@ -259,9 +258,11 @@ BATCHED: dict[str, Callable[[int], None]] = {
     "depthwise_conv of channels_last": partial(depthwise_conv, channels=2, size=4, kernel=(3, 3), last=True),
     "group_norm_silu": partial(group_norm_silu, per_group=2, shape=(4, 4)),
     "group_norm_silu of channels_last": partial(group_norm_silu, per_group=2, shape=(4, 4), last=True),
-    "glu_skip": partial(glu_skip, width=6),
-    "glu_skip of one gate": partial(glu_skip, width=6, rows=1),
     "norm_activate": lambda batch: norm_activate(max(batch, 2), 6),
+    "norm_activate, gated": lambda batch: norm_activate(max(batch, 2), 6, gated=True),
+    "norm_activate, end of a block": partial(
+        norm_activate, width=6, of_batch=False, normed=False, activation=None, gated=True, rows=1
+    ),
     "norm_activate, no norm": partial(norm_activate, width=6, of_batch=False, normed=False, frozen=True),
     "latent_matmul": partial(latent_matmul, n=6, operators=3),
     "latent_matmul, one per sample": lambda batch: latent_matmul(batch, 6, batch),

@@ -122,13 +122,15 @@ def _group_norms() -> Iterator[Case]:
 def _residual_blocks() -> Iterator[Case]:
     for dtype in ("fp32", "bf16"):
         yield Case(f"x512 {dtype}", partial(calls.norm_activate, width=512, dtype=dtype), 64)
-        yield Case(f"x512 {dtype}", partial(calls.glu_skip, width=512, dtype=dtype), 64)
+        yield Case(f"x512 gated {dtype}", partial(calls.norm_activate, width=512, dtype=dtype, gated=True), 64)
     call = partial(calls.norm_activate, width=512, of_batch=False, frozen=True)
     yield Case("x512 given fp32", call, 64)
     call = partial(calls.norm_activate, width=51, of_batch=False, normed=False, activation="gelu")
     yield Case("x51 gelu fp32", call, 64, _TWO)
-    yield Case("x512 no gradients of parameters fp32", partial(calls.glu_skip, width=512, frozen=True), 64)
-    yield Case("x51 one gate fp32", partial(calls.glu_skip, width=51, rows=1), 64, _TWO)
+    call = partial(calls.norm_activate, of_batch=False, normed=False, activation=None, gated=True)
+    yield Case("x512 end of a block fp32", partial(call, width=512), 64)
+    yield Case("x512 end of a block, no gradients of parameters fp32", partial(call, width=512, frozen=True), 64)
+    yield Case("x51 end of a block, one gate fp32", partial(call, width=51, rows=1), 64, _TWO)
 
 
 def _latent_matmuls() -> Iterator[Case]:

@@ -70,10 +70,9 @@ def _shipped() -> Iterator[tuple[tuple[str, ...], str, dict[str, Any]]]:
     }.items():
         for elements, num_warps in budgets:
             yield TARGETS, kernel, {"CHANNELS x POSITIONS": elements, "num_warps": num_warps}
-    for kernel in ("_norm_activate_kernel", "_norm_activate_backward_kernel", "_glu_skip_backward_kernel"):
+    for kernel in ("_norm_activate_kernel", "_norm_activate_backward_kernel"):
         for tile in (norm_activate.SUMMING, norm_activate.ELEMENTWISE):
             yield TARGETS, kernel, tile
-    yield TARGETS, "_glu_skip_kernel", norm_activate.ELEMENTWISE
     for kernel, banks in {
         "_bank_kernel": [bank for _, bank in latent_matmul.TILES],
         "_bank_gradient_kernel": [latent_matmul.GRADIENT_TILE],

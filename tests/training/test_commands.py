@@ -18,6 +18,7 @@ from linfast.examples.runs import CHECKPOINT, Output, save_strips
 import linfast as lf
 from linfast.cli import _parser, main
 from linfast.training import ModularStyle
+from tests.laws.zoo import perturb
 
 _DOCS = Path(__file__).parent.parent.parent / "docs"
 _SMALL = ["--steps", "4", "--batch", "8", "--depth", "2"]
@@ -31,7 +32,10 @@ def _is_png(path: Path) -> bool:
     return path.read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("arguments", [(), ("--separate",), ("--flow", "conv", "--ema", "0.5")])
+_CONV = ("--flow", "conv", "--ema", "0.5")
+
+
+@pytest.mark.parametrize("arguments", [(), ("--separate",), (*_CONV, "--labels")])
 def test_one_step(tmp_path: Path, capsys, arguments: tuple[str, ...]) -> None:
     assert _train("one-step", tmp_path, "--hidden", "8", "--rank", "2", "--time-hidden", "16", *arguments) == 0
     text = capsys.readouterr().out
@@ -41,9 +45,19 @@ def test_one_step(tmp_path: Path, capsys, arguments: tuple[str, ...]) -> None:
     f = lf.load(tmp_path / "model.safetensors")
     assert isinstance(f, lf.Linearizer)
     assert (f.g_x is f.g_y) is False
-    assert ("--separate" in arguments) == isinstance(f.g_x, lf.Flow)
-    shape = (1, 8, 8) if "conv" in arguments else (64,)
-    assert lf.sample(f, torch.randn(2, *shape), steps=3).shape == (2, *shape)
+    assert bool({"--separate", "--labels"} & {*arguments}) == isinstance(f.g_x, lf.Flow)
+    if "--labels" not in arguments:
+        assert lf.sample(f, torch.randn(2, 64), steps=3).shape == (2, 64)
+        return
+    assert "nearest training digit has the same label" in text
+    given = ["sample", "--checkpoint", str(tmp_path / "model.safetensors"), "--count", "3", "--steps", "3", "--out"]
+    assert main([*given, str(tmp_path / "x.npy"), "--label", "7"]) == 0
+    assert np.load(tmp_path / "x.npy").shape == (3, 1, 8, 8)
+    assert main([*given, str(tmp_path / "y.npy")]) == 2
+    assert "takes labels" in capsys.readouterr().err
+    perturb(f.g_x)
+    seven, six = (f.g_x(torch.ones(1, 1, 8, 8), context=torch.eye(10)[i : i + 1]) for i in (7, 6))
+    assert not torch.allclose(seven, six)
 
 
 def test_ign(tmp_path: Path, capsys) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import linfast as lf
-from linfast.training import OneStepFlowMatching, one_step_loss
+from linfast.training import IdempotentLoss, OneStepFlowMatching, one_step_loss
 from tests.laws.zoo import perturb
 
 from .toys import one_step
@@ -128,3 +130,18 @@ def test_objective_draws_each_rows_context() -> None:
     assert len(rows.unique()) > 1
     with pytest.raises(ValueError, match=r"context must be \[50, C\] for the data; got \(49, 3\)"):
         OneStepFlowMatching(_conditioned(), data, context=context[1:])
+
+
+def test_a_loss_of_terms_names_its_total() -> None:
+    terms = one_step_loss(_model(), torch.randn(5, 6)), IdempotentLoss(*torch.ones(4))
+    for loss in terms:
+        kind = type(loss).__name__
+        assert not hasattr(loss, "backward")
+        for name in ("backward", "item"):
+            with pytest.raises(
+                AttributeError, match=f"{kind}.*it holds the terms of a loss; use its total.{name}$"
+            ):
+                getattr(loss, name)
+        with pytest.raises(AttributeError, match=f"'{kind}' object has no attribute 'other'$"):
+            loss.other  # noqa: B018
+        assert torch.equal(copy.copy(loss).total, loss.total)

@@ -29,7 +29,7 @@ from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
 from ..chain import Part, chain_adapter, nets_of, part_of, per_sample, put_stubs, run_chain
 from ..coupling import Members, couple, coupling_adapter
-from ..fused import Maps, listed
+from ..maps import Maps, listed
 from ..sides import ADDITIVE, Affine, Index, Params, Side, Split, Tail, index_of, known_map
 from ..unknown import Layers
 

@@ -23,8 +23,8 @@ from ...scale_maps import ScaleMap
 from ..adapter import Adapter, Draw, Unfit
 from ..chain import chain_adapter, nets_of, per_sample, put_stubs, run_chain
 from ..coupling import coupling_adapter, two_methods
-from ..fused import Maps, listed
-from ..made import affine_of, made_adapter, spline_adapter
+from ..made_transforms import affine_of, made_adapter, spline_adapter
+from ..maps import Maps, listed
 from ..masked import Affine as Masked
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, Triangular, known_map, split_of_indices
 from ..splines import context_size, spline_coupling

@@ -29,10 +29,10 @@ from ...scale_maps import ScaleMap
 from ..adapter import Draw, Unfit
 from ..chain import chain_adapter, per_sample, run_chain
 from ..coupling import coupling_adapter, two_methods
-from ..fused import Maps, listed
 from ..identity import changed_method, defined_as
-from ..launch import narrowed
-from ..made import affine_of, made_adapter, spline_adapter
+from ..made_transforms import affine_of, made_adapter, spline_adapter
+from ..maps import Maps, listed
+from ..members import narrowed
 from ..mlp import find_mlp
 from ..sides import ADDITIVE, Affine, Index, Side, Split, Tail, index_of, split_of
 from ..splines import spline_coupling

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.distributions import ExpTransform, Transform, constraints
 
 from ...checks import check_kind
+from ...dispatch import is_traced
 from ...rows import checks_all_lengths
 from ...scale_maps import ScaleMap
 from ..adapter import Draw, Stub, Unfit
 from ..chain import chain_adapter, fused_of
 from ..coupling import couple, coupling_adapter
-from ..fused import Fused, Maps, listed
+from ..fused import Fused
 from ..identity import PLAN, find_class, is_patched, original_class
+from ..maps import NO_MAPS, listed
 from ..sides import Side, Split, Tail, split_of
 from ..swap import may_replace, plan_of
 from ..unknown import Layers
@@ -68,8 +70,11 @@ def _side(lazy: Any, layout: tuple[Split, Tail], run: Callable[[Tensor], Tensor]
     return Side(*layout, run or lazy.hyper, () if run else (lazy.hyper,))
 
 
-def is_traced() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+def _mask_of(lazy: Any, kept: Any) -> Tensor:
+    """The mask of a coupling that keeps these features."""
+    mask = torch.zeros_like(lazy.mask)
+    mask[kept] = True
+    return mask
 
 
 class Inverse(type(ExpTransform().inv)):  # type: ignore[misc]  # torch has no public name for this class
@@ -86,14 +91,12 @@ def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
     """The transform for c, on a CPU in zuko's own arithmetic, with one conditioner evaluation per direction."""
     own = lazy.mask.is_cpu and not checks_all_lengths()
     if is_traced() or not (own or may_replace(lazy, _COUPLING, "forward")):
-        original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
-        return original
-    made: Transform = _transform_class()(lazy, c, plan_of(lazy).layout, own)
-    return made
+        return original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
+    return _transform_class()(lazy, c, plan_of(lazy).layout, own)
 
 
 @functools.cache
-def _transform_class() -> type:
+def _transform_class() -> Callable[..., Transform]:
     """The class of one coupling's transform, a subclass of zuko's CouplingTransform; zuko must be imported."""
     base: Any = find_class("zuko.transforms", "CouplingTransform")
 
@@ -123,9 +126,7 @@ def _transform_class() -> type:
 
         def __reduce__(self) -> Any:
             """As the library's own, which a process without linfast can load."""
-            mask = torch.zeros_like(self._lazy.mask)
-            mask[self.idx_a] = True
-            return base, (self.meta, mask)
+            return base, (self.meta, _mask_of(self._lazy, self.idx_a))
 
         def _call(self, x: Tensor) -> Tensor:
             return super()._call(x) if self._own else self.call_and_ladj(x)[0]
@@ -179,9 +180,8 @@ def _extra(lazy: Any) -> int:
 
 class _LastDim(Stub):
     def forward(self, x: Tensor, *context: Any, **named: Any) -> Tensor:
-        return (
-            super().forward(x.movedim(-1, 1) if x.ndim > 1 else x[None]).movedim(1, -1).reshape(*x.shape[:-1], -1)
-        )
+        y = super().forward(x.movedim(-1, 1) if x.ndim > 1 else x[None])
+        return y.movedim(1, -1).reshape(*x.shape[:-1], -1)
 
 
 def _both_ways_given(lazy: Any, draw: Draw, shape: tuple[int, ...]) -> list[Tensor]:
@@ -219,14 +219,12 @@ def _forward_chain(chain: Any, c: Tensor | None = None) -> Transform:
     """The transform for c: where c is None all couplings together, else zuko's own composition."""
     fused = fused_of(chain) if c is None and not is_traced() and not is_patched(chain) else None
     if fused is None:
-        original: Transform = original_class(chain).forward(chain, c)  # type: ignore[attr-defined]
-        return original
-    made: Transform = _together_class()(chain, fused, False)
-    return made
+        return original_class(chain).forward(chain, c)  # type: ignore[attr-defined]
+    return _together_class()(chain, fused, False)
 
 
 @functools.cache
-def _together_class() -> type:
+def _together_class() -> Callable[..., Transform]:
     """The class of all couplings' transform, a subclass of zuko's ComposedTransform; zuko must be imported."""
     base: Any = find_class("zuko.transforms", "ComposedTransform")
 
@@ -245,12 +243,8 @@ def _together_class() -> type:
         @functools.cached_property
         def _apart(self) -> list[Transform]:
             """One transform per coupling, with the masks from when this object was made."""
-            made = []
-            for lazy, coupling in zip(self._couplings, self._fused.couplings, strict=True):
-                mask = torch.zeros_like(lazy.mask)
-                mask[coupling.kept] = True
-                made.append(_transform_class()(lazy, None, None, True, mask))
-            return made
+            pairs = zip(self._couplings, self._fused.couplings, strict=True)
+            return [_transform_class()(lazy, None, None, True, _mask_of(lazy, each.kept)) for lazy, each in pairs]
 
         @property
         def transforms(self) -> list[Transform]:
@@ -294,7 +288,7 @@ _CHAIN = chain_adapter(
     "LazyComposedTransform",
     listed("transforms"),
     None,
-    Maps((), (), {}),
+    NO_MAPS,
     methods={"forward": _forward_chain},
     probe=lambda chain, draw: (),
     stored=_STORED,

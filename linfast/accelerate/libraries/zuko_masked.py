@@ -12,7 +12,7 @@ rows of c as they are given.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Size, Tensor, nn
 from torch.distributions import Transform
 
+from ...dispatch import is_traced
 from ...ops.masked_autoregressive import MASKED_ACTIVATIONS, Extras
 from ...rows import checks_all_lengths
 from ..adapter import Adapter, Draw, Unfit
@@ -29,29 +30,22 @@ from ..identity import PLAN, changed_method, defined_as, find_class, is_hooked, 
 from ..masked import (
     Affine,
     InvertFeatures,
-    Layers,
     MaskedInverse,
     Short,
     Unchanged,
     find_masks,
+    in_words,
     masked_inverse,
     plan_masked,
     redraw,
 )
 from ..mlp import activation_of, name_of_activation
-from .zuko import Inverse, is_traced, univariate_of
-from .zuko_spline import SplineTransform, Univariate, broadcast, find_spline, invert, methods_of_splines, takes
+from .zuko import Inverse, univariate_of
+from .zuko_spline import find_spline, meta, methods_of_splines
 
-
-@dataclass(frozen=True)
-class _Sizes:
-    """Rows of a batch on a CPU; with fewer, zuko's own code runs (measured on an AMD EPYC with one thread)."""
-
-    two_passes: int = 256  # an inverse of at most two passes, without its log-determinant
-    log_det: int = 1024  # the log-determinant alone, where the transform is not affine
-
-
-_SIZES = _Sizes()
+# Rows of a batch on a CPU; with fewer, zuko's own code runs (measured on an AMD EPYC with one thread).
+_FEWEST_TWO_PASSES = 256  # an inverse of at most two passes, without its log-determinant
+_FEWEST_LOG_DET = 1024  # the log-determinant alone, where the transform is not affine
 _SHORT: Short = {2: (0, 512), 3: (0, 64), 4: (0, 16)}
 """Measured in the same way, for a MAF of three transforms with 64 hidden units."""
 
@@ -78,15 +72,20 @@ class _Inverse(MaskedInverse):
 
 
 @dataclass
-class _Layers(Layers):
-    """The layers of a MaskedMLP, and its activations."""
+class _Layers:
+    """The linear layers of a MaskedMLP in order, for each what AutoregressiveMasks takes; and the activations."""
 
+    linears: list[Any] = field(default_factory=list)
+    activated: list[bool] = field(default_factory=list)
+    adds: list[int] = field(default_factory=list)
     activations: list[nn.Module] = field(default_factory=list)
 
     def add(self, module: Any) -> None:
         """Add a module that runs after those before. Raises Unfit."""
         if defined_as(module, "zuko.nn", "MaskedLinear"):
-            self.append(module, False, 0)
+            self.linears.append(module)
+            self.activated.append(False)
+            self.adds.append(0)
         elif defined_as(module, "zuko.nn", "Residual") and self.linears and not self.activated[-1]:
             source = len(self.linears)
             for inside in module:
@@ -118,9 +117,7 @@ def _layers_of(net: Any) -> _Layers:
         raise Unfit("its network does not end in a linear layer")
     if len({activation_of(module) for module in layers.activations}) > 1:
         raise Unfit("its network has several activations")
-    if any(
-        getattr(module, "inplace", False) and name_of_activation(module) is None for module in layers.activations
-    ):
+    if any(getattr(each, "inplace", False) and name_of_activation(each) is None for each in layers.activations):
         raise Unfit("its activation writes to its input")
     return layers
 
@@ -133,20 +130,21 @@ _Elementwise = Affine | InvertFeatures
 _AFFINE = ("__init__", "_inverse", "log_abs_det_jacobian")  # zuko's methods that ``Affine`` stands for
 
 
-def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[Any, ...]]:
-    """Its description; itself; itself without log-determinant; what of it is ``MaskedInverse.assumed``."""
+def _transforms_of(lazy: Any) -> tuple[str, _Elementwise, _Elementwise, tuple[Any, ...], list[tuple[Any, str]]]:
+    """Its description; itself; itself without log-determinant; ``MaskedInverse.assumed``; zuko's methods in it."""
     function, scale_map = univariate_of(lazy)
     if scale_map is not None:
         if not all(is_own_method(function, method) for method in _AFFINE):
             raise Unfit("a method of its univariate was replaced: not the library's own")
         affine = Affine(scale_map.scale_function, scale_map.log_scale_function, scale_map)
-        return "affine, smooth", affine, replace(affine, log_scale=None), ()
+        methods = [(function, method) for method in _AFFINE]
+        return "affine, smooth", affine, replace(affine, log_scale=None), (), methods
     name = getattr(function, "__name__", type(function).__name__)
     if (spline := find_spline(lazy)) is not None:
-        return name, _invert_spline(spline, True), _invert_spline(spline, False), ()
+        return name, spline.inverse(True), spline.inverse(False), (), methods_of_splines()
     if isinstance(function, nn.Module) or not str(getattr(function, "__module__", "")).startswith("zuko."):
         raise Unfit(f"univariate {name}: only zuko's own that depend on nothing but a feature and its parameters")
-    return name, _elementwise(lazy, True), _elementwise(lazy, False), (function,)
+    return name, _elementwise(lazy, True), _elementwise(lazy, False), (function,), []
 
 
 def _elementwise(lazy: Any, log_det: bool) -> InvertFeatures:
@@ -164,16 +162,12 @@ def _elementwise(lazy: Any, log_det: bool) -> InvertFeatures:
     return invert
 
 
-def _invert_spline(spline: Univariate, log_det: bool) -> InvertFeatures:
-    return lambda y, params, features: invert(y, params, spline, log_det)
-
-
 def _find(lazy: Any) -> MaskedInverse:
     """What the instance is; raises Unfit."""
     if changed_method(lazy, ("meta",)) is not None:
         raise Unfit("its meta was replaced: not the library's own")
     layers = _layers_of(lazy.hyper)
-    what, transform, values, assumed = _transforms_of(lazy)
+    what, transform, values, assumed, functions = _transforms_of(lazy)
     used = [linear.mask for linear in layers.linears]
     features = used[-1].shape[0] // lazy.total
     used[0] = used[0][:, :features]
@@ -181,19 +175,13 @@ def _find(lazy: Any) -> MaskedInverse:
     if max(masks.degrees[0]) > lazy.passes:
         raise Unfit(f"its inverse takes {max(masks.degrees[0])} passes and it makes {lazy.passes}: it is not exact")
     module = layers.activations[0] if layers.activations else torch.relu
-    name = name_of_activation(module)
-    functions = [(type(inside), "forward") for inside in lazy.hyper.modules()] + [(original_class(lazy), "meta")]
-    if isinstance(transform, Affine):
-        functions += [(univariate_of(lazy)[0], method) for method in _AFFINE]
-    elif find_spline(lazy) is not None:
-        functions += methods_of_splines()
-    sizes = "-".join(map(str, (features, *(out for out, _ in masks.shapes))))
+    functions += [(type(inside), "forward") for inside in lazy.hyper.modules()] + [(original_class(lazy), "meta")]
     weights, biases = [linear.weight for linear in layers.linears], [linear.bias for linear in layers.linears]
     found = _Inverse(
-        what=f"{what}; MaskedMLP {sizes} {name or type(module).__name__}{', residual' if any(layers.adds) else ''}",
+        what=f"{what}; {in_words('MaskedMLP', masks, module)}",
         masks=masks,
         weights=lambda: ([weights[0][:, :features], *weights[1:]], biases),
-        activation=MASKED_ACTIVATIONS.get(name or "", module),
+        activation=MASKED_ACTIVATIONS.get(name_of_activation(module) or "", module),
         transform=transform,
         extras=lambda given, rows: _extras_of(given, layers.linears[0], features, len(weights) - 1),
         evidence=Unchanged(lazy, functions, _masks_of(lazy)),
@@ -217,26 +205,15 @@ def _extras_of(given: _Given, first: Any, features: int, hidden: int) -> Extras 
     return ((term.reshape(-1, term.shape[-1]), None), *(nothing,) * (hidden - 1))
 
 
-def _meta(lazy: Any, c: Tensor | None, x: Tensor) -> Transform:
-    """The transform of all features at once, given x: a spline by the op, or zuko's own."""
-    if takes(lazy, c, x) and (spline := find_spline(lazy)) is not None:
-        given = x if c is None else torch.cat(broadcast(x, c), -1)
-        return SplineTransform(lazy.hyper(given).unflatten(-1, (-1, lazy.total)), spline)
-    made: Transform = lazy.meta(c, x)
-    return made
-
-
 def _forward(lazy: Any, c: Tensor | None = None) -> Transform:
     """The transform for c, whose inverse walks over the degrees."""
     if is_traced():
-        original: Transform = original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
-        return original
-    made: Transform = _transform_class()(lazy, c)
-    return made
+        return original_class(lazy).forward(lazy, c)  # type: ignore[attr-defined]
+    return _transform_class()(lazy, c)
 
 
 @functools.cache
-def _transform_class() -> type:
+def _transform_class() -> Callable[[Any, Any], Transform]:
     """The class of the transforms, a subclass of zuko's AutoregressiveTransform; zuko must be imported."""
     base: Any = find_class("zuko.transforms", "AutoregressiveTransform")
 
@@ -244,7 +221,7 @@ def _transform_class() -> type:
         """zuko's own, but for the inverse and the evaluation of splines."""
 
         def __init__(self, lazy: Any, c: Any) -> None:
-            super().__init__(functools.partial(_meta, lazy, c), lazy.passes)
+            super().__init__(functools.partial(meta, lazy, c), lazy.passes)
             self._lazy, self._c = lazy, c
 
         @property
@@ -267,19 +244,15 @@ def _transform_class() -> type:
 
         def _walk(self, y: Any, log_det: bool) -> tuple[Tensor, Tensor] | None:
             """(x, log|dx / dy|) of y [..., D]; None where zuko's own code is to run."""
-            c: Any = self._c
-            if not isinstance(y, Tensor) or y.ndim == 0 or not isinstance(c, (Tensor, type(None))):
+            c, plan = self._c, vars(self._lazy).get(PLAN)
+            if not isinstance(y, Tensor) or y.ndim == 0 or not isinstance(c, (Tensor, type(None))) or plan is None:
                 return None
-            plan, batch = vars(self._lazy).get(PLAN), y.shape[:-1]
-            if plan is None:
-                return None
+            batch = y.shape[:-1]
             if c is not None and c.ndim > 1:
                 batch = torch.broadcast_shapes(batch, c.shape[:-1])
-            if log_det:
-                least = _SIZES.log_det * (not isinstance(plan.layout.transform, Affine))
-            else:
-                least = _SIZES.two_passes * (self.passes <= 2)
-            if y.is_cpu and batch.numel() < least and not checks_all_lengths():
+            fewest = _FEWEST_LOG_DET if log_det else _FEWEST_TWO_PASSES
+            is_fast = not isinstance(plan.layout.transform, Affine) if log_det else self.passes <= 2
+            if is_fast and y.is_cpu and batch.numel() < fewest and not checks_all_lengths():
                 return None
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
             found = masked_inverse(self._lazy, _find, rows, _Given(c, batch, log_det))

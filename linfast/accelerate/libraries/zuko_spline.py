@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
-from ...dispatch import autocast_dtype, is_transformed
+from ...dispatch import autocast_dtype, is_traced, is_transformed
 from ...kernels.spline_spec import Spline
 from ...ops.rq_spline import MOST_BOUND, spline_transform
 from ...rows import checks_all_lengths
 from ..identity import changed_method, find_class, is_own_method
-from .zuko import is_traced, named_options
+from ..masked import InvertFeatures
+from .zuko import named_options
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Univariate:
 
     spline: Spline
     shifted: bool
+
+    def inverse(self, log_det: bool) -> InvertFeatures:
+        """(y [B, n], params [B, n, P], features) -> (x [B, n], log|dx / dy| [B, 1], or 0 of it)."""
+
+        def invert(y: Tensor, params: Tensor, features: list[int]) -> tuple[Tensor, Tensor]:
+            x, total = _transform(y, params, self, True, log_det)
+            return x, (y.new_zeros(()).expand(len(y)) if total is None else total.to(y.dtype)).unsqueeze(1)
+
+        return invert
 
 
 def find_spline(lazy: Any) -> Univariate | None:
@@ -91,12 +101,6 @@ def methods_of_splines() -> list[tuple[Any, str]]:
     return [(find_class("zuko.transforms", name), method) for name in _METHODS for method in _METHODS[name]]
 
 
-def invert(y: Tensor, params: Tensor, spline: Univariate, log_det: bool) -> tuple[Tensor, Tensor]:
-    """(x [B, n], log|dx / dy| [B, 1], or 0 of it) of y [B, n] by params [B, n, P]."""
-    x, total = _transform(y, params, spline, True, log_det)
-    return x, (y.new_zeros(()).expand(len(y)) if total is None else total.to(y.dtype)).unsqueeze(1)
-
-
 def _transform(
     x: Tensor, params: Tensor, spline: Univariate, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -104,11 +108,12 @@ def _transform(
     bound = spline.spline.high
     if spline.shifted and not inverse:
         x = torch.remainder(x, 2 * bound) - bound
+    x = x.to(torch.promote_types(x.dtype, params.dtype))  # as zuko's arithmetic does; the op keeps the dtype of x
     y, total = spline_transform(x, params, spline.spline, inverse, log_det)
     return torch.remainder(y, 2 * bound) - bound if spline.shifted and inverse else y, total
 
 
-def takes(lazy: Any, c: Any, x: Any) -> bool:
+def _takes(lazy: Any, c: Any, x: Any) -> bool:
     """Whether the op is at least as fast as zuko's own code, and computes all that is asked for."""
     if type(x) not in (Tensor, nn.Parameter) or type(c) not in (Tensor, nn.Parameter, NoneType) or x.ndim == 0:
         return False
@@ -126,7 +131,7 @@ def _requires_grad(lazy: Any, c: Tensor | None, x: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def broadcast(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+def _broadcast(x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     """Both, with the same batch dimensions."""
     batch = torch.broadcast_shapes(x.shape[:-1], c.shape[:-1])
     return x.expand(*batch, -1), c.expand(*batch, -1)
@@ -163,3 +168,12 @@ class SplineTransform(Transform):
         params = self._params.expand(*shape, -1).reshape(*rows.shape, self._params.shape[-1])
         y, total = _transform(rows, params, self._spline, inverse, log_det)
         return y.reshape(shape), None if total is None else total.reshape(shape[:-1])
+
+
+def meta(lazy: Any, c: Tensor | None, x: Tensor) -> Transform:
+    """The transform of all features at once, given x: a spline by the op, or zuko's own."""
+    if _takes(lazy, c, x) and (spline := find_spline(lazy)) is not None:
+        given = x if c is None else torch.cat(_broadcast(x, c), -1)
+        return SplineTransform(lazy.hyper(given).unflatten(-1, (-1, lazy.total)), spline)
+    made: Transform = lazy.meta(c, x)
+    return made
