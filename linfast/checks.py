@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numbers
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -195,6 +196,11 @@ def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any)
     except (TypeError, ValueError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {error}") from error
+
+
+def is_of_input(error: RuntimeError) -> bool:
+    """Whether an error of torch is about an input's shape, dtype or device, and not about memory, say."""
+    return type(error) is RuntimeError and re.search("shape|size|dimension|type|device", str(error)) is not None
 
 
 def _with_article(kind: type) -> str:

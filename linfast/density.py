@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from . import data_scale
 from .base_distributions import FixedBase, check_fits, kept, log_density
-from .checks import DTYPES, check_count, check_counts, check_dense, check_kind
-from .data_scale import (
-    begins_with_actnorm,
-    check_takes,
-    in_front,
-    insert_when_loaded,
-    standardizing,
-    warn_of_scale,
-)
+from .checks import DTYPES, check_count, check_counts, check_dense, check_kind, is_of_input
 from .dispatch import without_autocast
 from .flows.actnorm import ActNorm
 from .flows.bijection import Bijection
@@ -76,7 +68,7 @@ class Density(nn.Module, HubMethods):
         self.embedding = embedding
         self.shape = _shape(flow, base, shape)
         self._scale_is_known = any(isinstance(module, ActNorm) for module in flow.modules())
-        self.register_load_state_dict_pre_hook(insert_when_loaded)
+        self.register_load_state_dict_pre_hook(data_scale.insert_when_loaded)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``log_prob(x, context)``."""
@@ -97,7 +89,7 @@ class Density(nn.Module, HubMethods):
             given = self._given(context, x.shape[0], "x")
         z, log_det = self.flow.forward_and_log_det(x, **given)
         if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
-            self._scale_is_known = warn_of_scale(x)
+            self._scale_is_known = data_scale.warn_of_scale(x)
         return self._base_log_prob(z) + log_det
 
     @torch.no_grad()
@@ -144,14 +136,14 @@ class Density(nn.Module, HubMethods):
                 standardized values, such as a logit.
             RuntimeError: the flow begins with an ActNorm already.
         """
-        if begins_with_actnorm(self.flow):
+        if data_scale.begins_with_actnorm(self.flow):
             raise RuntimeError(
                 "the flow begins with an ActNorm already (standardize puts one there), which sets the scale of the "
                 "data: make a new Density to standardize by other data"
             )
         self.flow._check("x", x, self.flow.features)
-        flow = in_front(standardizing(x), self.flow)
-        check_takes(flow, x)
+        flow = data_scale.in_front(data_scale.standardizing(x), self.flow)
+        data_scale.check_takes(flow, x)
         self.flow, self._scale_is_known = flow, True
         return self
 
@@ -187,7 +179,7 @@ class Density(nn.Module, HubMethods):
         try:
             vectors = self.embedding(context)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, RuntimeError) and not _of_input(error):
+            if isinstance(error, RuntimeError) and not is_of_input(error):
                 raise
             shown = tuple(context.shape) if isinstance(context, Tensor) else type(context).__name__
             raise ValueError(f"context {shown} is refused by the embedding: {error}") from error
@@ -236,11 +228,6 @@ class Density(nn.Module, HubMethods):
             return (base.rsample if reparametrised and base.has_rsample else base.sample)((n,))
 
         return without_autocast(like.device.type, draw).to(like.dtype)
-
-
-def _of_input(error: RuntimeError) -> bool:
-    """Whether an error of torch is about an input's shape, dtype or device, and not about memory, say."""
-    return type(error) is RuntimeError and re.search("shape|size|dimension|type|device", str(error)) is not None
 
 
 def _shape(flow: Bijection, base: Any, shape: Sequence[int] | None) -> tuple[int, ...] | None:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import autocast_dtype, is_transformed, uses_triton, without_autocast
+from ..dispatch import is_transformed, uses_triton, without_autocast
 from .norm_activate import NORMS, NUMBERS, norm_activate, pulled_back
 from .register import launching
 
@@ -73,7 +73,7 @@ def _can_join(r: Tensor, h: Tensor | None, steps: Sequence[Step], weights: Seque
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed() or not torch.is_grad_enabled():
         return False
     rows, width = r.shape
-    if rows < 2 or not r.is_contiguous() or autocast_dtype(r.device.type) is not None:
+    if rows < 2 or not r.is_contiguous():
         return False
     if not all(weight.requires_grad and weight.dtype == r.dtype for weight in weights):
         return False
