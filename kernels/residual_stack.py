@@ -33,7 +33,7 @@ from .masked_steps import activate
 from .math import sigmoid
 from .mlp import activation_form, dot_parts, split
 from .row_products import FP16, FP32, Mode
-from .stack_configs import MULTIPROCESSORS, target_of
+from .stack_configs import multiprocessors
 
 # CHUNK columns of a hidden layer or of the output per step, DEPTH features of x per step. Loads are not pipelined:
 # copies ahead of 50 columns, one number each, spill. A warp's 16 rows of 128 columns in three parts fill 96
@@ -165,6 +165,6 @@ def launch_residual_stack(
 
 def tile_for(x: Tensor, hidden: int, parts: int) -> Tile:
     """FEW also where it leaves no more than one program for each multiprocessor."""
-    if x.shape[0] <= FEW["ROWS"] * MULTIPROCESSORS[target_of(x) or "sm_80"]:
+    if x.shape[0] <= FEW["ROWS"] * multiprocessors(x):
         return FEW
     return IN_ONE_PART if parts == 1 else IN_PARTS if parts == 2 or hidden <= 64 else FEW
