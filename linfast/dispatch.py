@@ -69,6 +69,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or is_forward_mode()
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many, as gradients do under ``torch.autograd.grad(is_grads_batched=True)``."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
 def is_forward_mode() -> bool:
     """Whether a forward-mode derivative is being computed, as by torch.func.jvp and jacfwd."""
     return torch.autograd.forward_ad._current_level >= 0

@@ -142,8 +142,10 @@ class Backward:
             if i >= self.first and (i - self.first) % every == 0:
                 starts[i] = x
 
-        with torch.no_grad():
-            chain.run_steps(range(n), x, self.context, note)
+        for i in range(n):
+            note(i, x)
+            with torch.enable_grad():  # as in the first run: without gradients other kernels may run
+                x = chain.run_steps([i], x.detach().requires_grad_(), self.context)[0].detach()
         if bool((drift(torch.stack(rows), chain.checksums[:n]) > chain.budget).any()):
             raise RuntimeError(
                 "a chain's forward does not repeat itself: its parameters were written to since, or it "

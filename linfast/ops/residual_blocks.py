@@ -7,7 +7,8 @@ the next even step; the last one ends the last block. A product follows every st
 
 In training, where nothing needs a graph of single operations, all steps and products are one autograd function. It
 saves the host the time of one function per operation, and its backward computes the gradients of all W_k as one
-batched product, dW_k = dr_(k+1)^T y_k, for which it stores all dr of this network at once, [2 blocks, B, H].
+batched product, dW_k = dr_(k+1)^T y_k, for which it stores all dr of this network at once, [2 blocks, B, H]. The
+gradients of a network's W_k are parts of one tensor: who keeps one keeps all.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..dispatch import is_transformed, uses_triton, without_autocast
+from ..dispatch import is_batched, is_transformed, uses_triton, without_autocast
 from .norm_activate import NORMS, NUMBERS, norm_activate, pulled_back
 from .register import launching
 
@@ -78,6 +79,8 @@ def _can_join(r: Tensor, h: Tensor | None, steps: Sequence[Step], weights: Seque
     if not all(weight.requires_grad and weight.dtype == r.dtype for weight in weights):
         return False
     if h is not None and (h.shape != r.shape or h.dtype != r.dtype):
+        return False
+    if any(weight.shape != (width, width) for weight in weights):
         return False
     tensors = [r, *weights, *([] if h is None else [h])]
     for step in steps:
@@ -149,7 +152,7 @@ class _Blocks(torch.autograd.Function):
         weights, steps = saved[4 * n : 5 * n - 1], _steps(saved[5 * n - 1 :], ctx.constants)
         grad = torch.zeros_like(sums[0]) if grad is None else grad
         needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or is_batched(grad) or (grad_first is not None and is_batched(grad_first)):
             found = _differentiable(grad, grad_first, sums[0], steps, weights, ctx.activation)
         else:
             kept = ys, sums, inputs, statistics, weights, steps

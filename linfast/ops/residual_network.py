@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -198,7 +197,7 @@ def _network(
     writes = plain and _may_write(x)
     name = _NAMES.get(net.activation)
     given = context is None or terms is not None
-    if writes and given and name is not None and is_one_launch(x, net):
+    if writes and given and name is not None and is_one_launch(x, net, terms):
         return residual_stack(x, net, name, terms, transposed, owner)
     (weight, bias), term = net.first, None
     gates: Iterator[Tensor] = iter(())
@@ -259,7 +258,10 @@ def _fused_blocks(
     r: Tensor, bias: Tensor | None, h: Tensor | None, net: ResidualNetwork, gates: Iterator[Tensor], activation: str
 ) -> Tensor:
     """The blocks on h_0 = r + bias + h, with kernels between the products."""
-    steps, weights, norms, gate = list[Step](), list[Tensor](), list[nn.BatchNorm1d | None](), None
+    steps: list[Step] = []
+    weights: list[Tensor] = []
+    norms: list[nn.BatchNorm1d | None] = []
+    gate = None
     for block in net.blocks:
         (first, first_bias), (second, second_bias) = block.layers
         norms += block.norms or (None, None)
@@ -316,19 +318,20 @@ def _count(found: Sequence[_Counted]) -> None:
     A norm that ran several times is updated as often.
     """
     groups: dict[tuple[float | None, int], list[_Counted]] = {}
-    times = Counter[nn.BatchNorm1d]()
+    times: dict[nn.BatchNorm1d, int] = {}
     for norm, mean, var in found:
+        times[norm] = times.get(norm, 0) + 1
         groups.setdefault((norm.momentum, times[norm]), []).append((norm, mean, var))
-        times[norm] += 1
     with torch.no_grad():
         for (momentum, _), mine in groups.items():
             running: list[Any] = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
             of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
             of_batch = [b.to(r.dtype) for r, b in zip(running, of_batch, strict=True)]
-            counts: list[Any] = [norm.num_batches_tracked for norm, *_ in mine]
+            counts: list[Any] = [c for norm, *_ in mine if (c := norm.num_batches_tracked) is not None]
             # torch documents its operations on lists of tensors under these names.
             torch._foreach_lerp_(running, of_batch, 0.0 if momentum is None else momentum)
-            torch._foreach_add_(counts, 1)
+            if counts:
+                torch._foreach_add_(counts, 1)
 
 
 def _norms(net: ResidualNetwork) -> list[nn.BatchNorm1d]:

@@ -33,12 +33,12 @@ _FUNCTIONS = tuple(MASKED_ACTIVATIONS.values())
 _NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
 
 
-def is_one_launch(x: Tensor, net: ResidualNetwork) -> bool:
+def is_one_launch(x: Tensor, net: ResidualNetwork, terms: Terms | None) -> bool:
     """Whether one launch runs this network on x, if it may (no gradient, autocast, transform or tracer).
 
     It does so for up to 128 hidden units and any number of blocks, with a bias in each layer and norms by running
-    statistics with one eps; not with dropout, in a mix of dtypes, for a batch of no rows, or on AMD's GPUs, where
-    the tiles that were tried spill on gfx942 in "exact".
+    statistics with one eps; not with dropout, in a mix of dtypes or devices, for a batch of no rows, or on AMD's GPUs,
+    where the tiles that were tried spill on gfx942 in "exact". Where a shape does not fit, torch's product says so.
     """
     if not net.blocks or net.dropout or not x.shape[0] or not uses_triton(x):
         return False
@@ -49,23 +49,32 @@ def is_one_launch(x: Tensor, net: ResidualNetwork) -> bool:
     gates = {block.gate is None for block in net.blocks}
     if not alike or len(gates) > 1 or any(norm.training for norm in norms):
         return False
-    return all(t is not None and t.dtype == x.dtype for t in _tensors(net))
+    if x.shape[1] != (net.first[0] if terms is None else terms.weight).shape[1]:
+        return False
+    return all(
+        t is not None and t.shape == shape and t.dtype == x.dtype and t.device == x.device
+        for t, shape in _tensors(net)
+    )
 
 
-def _tensors(net: ResidualNetwork) -> Iterator[Tensor | None]:
-    """What a launch reads, in the order of the packed weights; the first bias, which is a term, comes last."""
-    yield net.first[0]
+def _tensors(net: ResidualNetwork) -> Iterator[tuple[Tensor | None, tuple[int, ...]]]:
+    """What a launch reads, and its shape, in the order of the packed weights; the first bias, a term, comes last."""
+    (first, bias), (last, last_bias) = net.first, net.last
+    width, n_out = len(first), len(last)
+    yield first, (width, first.shape[1])
     for block in net.blocks:
-        yield from (t for layer in block.layers for t in layer)
+        for weight, own in block.layers:
+            yield weight, (width, width)
+            yield own, (width,)
         for norm in block.norms or ():
-            yield from (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    yield from (*net.last, net.first[1])
+            yield from ((t, (width,)) for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var))
+    yield from ((last, (n_out, width)), (last_bias, (n_out,)), (bias, (width,)))
 
 
 def pack_stack(net: ResidualNetwork) -> Tensor:
     """The weights of a network that ``is_one_launch``, [N]; one launch for up to 31 blocks, or 10 with norms."""
     *tensors, _ = _tensors(net)
-    return cat([t.reshape(-1) for t in tensors if t is not None])
+    return cat([t.reshape(-1) for t, _ in tensors if t is not None])
 
 
 def residual_stack(

@@ -363,6 +363,44 @@ def test_torch_compile_and_transforms(kind: str) -> None:
             assert relative(many[1], net(x[:1], context=context[1:2])[0]) < 1e-12
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_kernels_are_compiled_whole(training: bool) -> None:
+    net, x = _net(batch_norm=True, context_features=4).float().train(training), torch.randn(B, N_IN)
+    given, again = _given(net, dtype=torch.float32), copy.deepcopy(net)
+    torch.compiler.reset()
+    with lf.backend("triton"):
+        compiled = torch.compile(net, backend="aot_eager", fullgraph=True)(x, **given)
+        eager = again(x, **given)
+    for a, b in zip((compiled, *net.buffers()), (eager, *again.buffers()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_norms_whose_batches_are_not_counted() -> None:
+    net = _net(batch_norm=True).float()
+    net.blocks[0].norms[0].num_batches_tracked = None
+    before = net.blocks[0].norms[0].running_mean.clone()
+    with lf.backend("triton"):
+        net(torch.randn(B, N_IN))
+    assert not torch.equal(net.blocks[0].norms[0].running_mean, before)
+    assert net.blocks[0].norms[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_a_step_that_is_undone_by_running_again_runs_by_the_same_kernels(precision: str, monkeypatch) -> None:
+    """Without gradients a network is one launch, whose sums are others in "high"."""
+    flow = lf.Flow([lf.AffineCoupling(_net_for(2 - i % 2), N_IN, ("first", "second")[i % 2]) for i in range(4)])
+    perturb(flow, 0.2)
+    flow.memory = "invert"
+    monkeypatch.setattr("linfast.flows.drift.DriftGuard.strayed", lambda *_: True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with lf.backend("triton"):
+            flow(torch.randn(B, N_IN, requires_grad=True)).square().sum().backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("options", [{"batch_norm": True}, {"batch_norm": True, "dropout": 0.3}])
 def test_rebuilt_activations_give_the_gradients_of_stored_ones(options: dict[str, Any]) -> None:
     flow = lf.Flow([lf.AffineCoupling(_net_for(2 - i, **options), N_IN, ("first", "second")[i]) for i in (0, 1)])

@@ -155,8 +155,33 @@ def test_what_one_function_cannot_do_runs_one_by_one() -> None:
         ):  # fmt: skip
             with pytest.raises(ValueError, match=message):
                 _run({**named, name: torch.ones(shape)}, "of the batch")
+        wide = {"weight 0": torch.randn(2 * H, H), "weight 1": torch.randn(H, 2 * H), "bias 1": torch.zeros(2 * H)}
+        assert _run(_drawn(bias=False) | {k: t.requires_grad_() for k, t in wide.items() if k != "bias 1"})
         with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
             _run({name: t[:1] if t.shape == (B, H) else t for name, t in named.items()}, "of the batch")
+
+
+@pytest.mark.parametrize("norm", ["none", "given"])
+def test_many_gradients_at_once(norm: str) -> None:
+    """``is_grads_batched``, of torch's own transform of operations, which is none of torch.func."""
+    named, cotangents = _drawn(norm=norm, term=True), torch.randn(3, B, H, device=DEVICE)
+    wanted = [t for t in named.values() if t.requires_grad]
+    with lf.backend("triton"):
+        u, _ = _run(named, norm)
+        found = torch.autograd.grad(u, wanted, cotangents, is_grads_batched=True, retain_graph=True)
+        each = [torch.autograd.grad(u, wanted, c, retain_graph=True) for c in cotangents]
+    for got, *expected in zip(found, *each, strict=True):
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_a_write_to_one_weights_gradient_is_none_to_anothers() -> None:
+    named, factor = _drawn(), torch.ones((), requires_grad=True, device=DEVICE)
+    with lf.backend("triton"):
+        first, second = torch.autograd.grad(_run(named)[0].sum(), [named["weight 0"], named["weight 1"]])
+    scaled = (factor * first).sum()
+    second.mul_(2)
+    scaled.backward()
+    assert factor.grad == first.sum()
 
 
 def test_statistics_changed_between_forward_and_backward_raise() -> None:

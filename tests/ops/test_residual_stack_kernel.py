@@ -116,6 +116,24 @@ def test_a_network_is_one_launch_and_one_that_packs_its_weights(monkeypatch: pyt
         assert len(_launches(_model(blocks=5), monkeypatch)) == 23
 
 
+def test_shapes_that_do_not_fit_are_those_of_torch() -> None:
+    """A block that is wider inside runs as it does in torch; a wrong number of features raises torch's error."""
+    model, x = _model(), torch.randn(5, 3, device=DEVICE)
+    model.blocks[0].layers = nn.ModuleList([nn.Linear(12, 24), nn.Linear(24, 12)]).to(DEVICE)
+    with torch.no_grad():
+        expected = residual_network(x.double(), copy.deepcopy(model).double().network())
+        with lf.backend("triton"):
+            assert float((residual_network(x, model.network()) - expected).norm() / expected.norm()) < 1e-6
+            with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+                residual_network(x[:, :2], model.network())
+
+
+@pytest.mark.skipif(COMPILED, reason="the interpreter's tiles are those of a small GPU")
+def test_the_sizes_of_these_tests_run_every_tile() -> None:
+    tiles = [kernel.tile_for(torch.empty(77, 3), hidden, parts) for hidden, parts in ((64, 3), (128, 1), (128, 3))]
+    assert tiles == [kernel.IN_PARTS, kernel.IN_ONE_PART, kernel.FEW]
+
+
 @pytest.mark.skipif(COMPILED, reason="counts what the interpreter launches")
 def test_what_one_launch_does_not_compute_runs_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     no_bias, other_eps, half_affine = (_model(batch_norm=True) for _ in range(3))
