@@ -37,8 +37,8 @@ def is_one_launch(x: Tensor, net: ResidualNetwork, terms: Terms | None) -> bool:
     """Whether one launch runs this network on x, if it may (no gradient, autocast, transform or tracer).
 
     It does so for up to 128 hidden units and any number of blocks, with a bias in each layer and norms by running
-    statistics with one eps; not with dropout, in a mix of dtypes or devices, for a batch of no rows, or on AMD's GPUs,
-    where the tiles that were tried spill on gfx942 in "exact". Where a shape does not fit, torch's product says so.
+    statistics with one eps; not with dropout, in a mix of dtypes or devices, for a batch of no rows, or on AMD's
+    GPUs, where the tiles that were tried spill on gfx942 in "exact". Shapes that do not fit are left to torch.
     """
     if not net.blocks or net.dropout or not x.shape[0] or not uses_triton(x):
         return False
@@ -58,7 +58,7 @@ def is_one_launch(x: Tensor, net: ResidualNetwork, terms: Terms | None) -> bool:
 
 
 def _tensors(net: ResidualNetwork) -> Iterator[tuple[Tensor | None, tuple[int, ...]]]:
-    """What a launch reads, and its shape, in the order of the packed weights; the first bias, a term, comes last."""
+    """What a launch reads, with its shape, in the order of the packed weights; last the first bias, a term."""
     (first, bias), (last, last_bias) = net.first, net.last
     width, n_out = len(first), len(last)
     yield first, (width, first.shape[1])

@@ -66,7 +66,7 @@ def calls_of(work: Callable[[], Any]) -> Counter[str]:
 
 @contextlib.contextmanager
 def _on_gpu() -> Iterator[list[Any]]:
-    """A GPU that runs nothing. A stand-in for a function of linfast counts like that function: a cached one does not."""
+    """A GPU that runs nothing. A stand-in for a function of linfast counts as it does: if it is cached, not."""
 
     def answers(module: Any, value: str) -> Any:
         return eval(compile(f"lambda *_: {value}", module.__file__, "eval"))

@@ -126,7 +126,7 @@ def test_a_raw_op_runs_alone_only_where_nothing_is_differentiated() -> None:
         return torch.func.jvp(lambda x: ops.affine_coupling(x, params, lf.ScaleMap())[0], (x,), (x,))[1]
 
     torch.compiler.reset()  # a compiled graph would return zeros
-    with lf.backend("triton"), pytest.raises(Exception, match="no forward-mode derivative|implement the jvp"):
+    with lf.backend("triton"), pytest.raises(Exception, match=r"no forward-mode derivative|implement the jvp"):
         torch.compile(derivative, backend="eager")(x)
 
 
