@@ -108,6 +108,14 @@ def test_couplings_of_one_module_run_in_one_loop(name, monkeypatch):
     assert (sum(calls) >= 2 * len(outputs)) == (name in ONE_LOOP)
 
 
+@pytest.mark.parametrize(("count", "together"), [(3, False), (4, True)])
+def test_few_networks_run_one_by_one(count, together):
+    """Where a loop would take longer than the class's own code."""
+    lf.register_adapter(shapes.Stack, conditioner="nets", scale_map=shapes.TANH)
+    (row,) = lf.accelerate(shapes.Stack(count)).swapped
+    assert ("in one loop" in row.runs) == together, row.runs
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_copies_pickles_and_restore(name):
     model, fast, x = taught(name, torch.float64)

@@ -349,6 +349,28 @@ def test_methods_replaced_on_a_class_are_followed(patch: str, alone: bool, monke
         assert _is_close([*each(model)], [*each(original)], 1e-12)
 
 
+@pytest.mark.parametrize("kind", ["spline", "affine"])
+@pytest.mark.parametrize("method", ["forward", "inverse"])
+def test_a_method_replaced_on_the_class_of_a_nested_chain_is_followed(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _nested(kind)
+    original, x = copy.deepcopy(model), torch.randn(512, D)
+    lf.accelerate(model)
+    getattr(model, method)(x)
+    cls = require("nflows.transforms").CompositeTransform
+    before = getattr(cls, method)
+
+    def tripled(self: nn.Module, x: Tensor, context: None = None) -> tuple[Tensor, Tensor]:
+        y, log_det = before(self, x, context)
+        return 3 * y, log_det
+
+    monkeypatch.setattr(cls, method, tripled)
+    wanted = getattr(original, method)(x)
+    assert not _is_close([wanted[0]], [before(original, x)[0]], 1e-12)
+    assert _is_close([*getattr(model, method)(x)], [*wanted], 1e-12)
+
+
 def test_a_map_of_another_dtype_fails_as_in_the_library() -> None:
     model = _model("maps in a row")
     original = copy.deepcopy(model)

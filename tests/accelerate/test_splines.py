@@ -300,7 +300,8 @@ def test_settings_written_later_are_followed():
         lambda m: setattr(m, "min_derivative", 0.1),
         lambda m: setattr(m.transform_net, "hidden_features", 4),
         lambda m: setattr(m.unconditional_transform, "tail_bound", 3.0),
-        lambda m: setattr(m, "min_bin_width", 0.0),  # which the op refuses
+        lambda m: setattr(m.unconditional_transform, "min_bin_width", 0.0),  # which the op refuses
+        lambda m: setattr(m, "min_bin_width", 0.0),
         lambda m: setattr(m, "unconditional_transform", None),
         swap_masks,
     ):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from linfast.examples import Trainer
+from linfast.examples.one_step import recognised
 from linfast.examples.runs import CHECKPOINT, Output, save_strips
 
 import linfast as lf
@@ -55,6 +56,10 @@ def test_one_step(tmp_path: Path, capsys, arguments: tuple[str, ...]) -> None:
     assert np.load(tmp_path / "x.npy").shape == (3, 1, 8, 8)
     assert main([*given, str(tmp_path / "y.npy")]) == 2
     assert "takes labels" in capsys.readouterr().err
+    images, classes = torch.randn(10, 1, 8, 8), torch.eye(10)
+    (_, share, _), (_, distance, _) = recognised(f, (images, classes), (images, classes), seed=0)
+    assert "held-out digits 100.0%" in share
+    assert "held-out digits 0.00" in distance
     perturb(f.g_x)
     seven, six = (f.g_x(torch.ones(1, 1, 8, 8), context=torch.eye(10)[i : i + 1]) for i in (7, 6))
     assert not torch.allclose(seven, six)

@@ -251,8 +251,8 @@ def _transform_class() -> Callable[[Any, Any], Transform]:
             if c is not None and c.ndim > 1:
                 batch = torch.broadcast_shapes(batch, c.shape[:-1])
             fewest = _FEWEST_LOG_DET if log_det else _FEWEST_TWO_PASSES
-            is_fast = not isinstance(plan.layout.transform, Affine) if log_det else self.passes <= 2
-            if is_fast and y.is_cpu and batch.numel() < fewest and not checks_all_lengths():
+            own_is_fast = not isinstance(plan.layout.transform, Affine) if log_det else self.passes <= 2
+            if own_is_fast and y.is_cpu and batch.numel() < fewest and not checks_all_lengths():
                 return None
             rows = y.expand(*batch, -1).reshape(-1, y.shape[-1])
             found = masked_inverse(self._lazy, _find, rows, _Given(c, batch, log_det))
