@@ -163,7 +163,7 @@ def test_what_one_function_cannot_do_runs_one_by_one() -> None:
 
 @pytest.mark.parametrize("norm", ["none", "given"])
 def test_many_gradients_at_once(norm: str) -> None:
-    """``is_grads_batched``, of torch's own transform of operations, which is none of torch.func."""
+    """``is_grads_batched``, of torch's older transform of operations, which torch.func does not know."""
     named, cotangents = _drawn(norm=norm, term=True), torch.randn(3, B, H, device=DEVICE)
     wanted = [t for t in named.values() if t.requires_grad]
     with lf.backend("triton"):
