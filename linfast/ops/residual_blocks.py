@@ -188,7 +188,7 @@ def _pulled(
             of_steps = [dbias, *rest, *of_steps]
             of_u = of_u if k % 2 else dskip
             dy = torch.mm(dr, weights[k - 1]) if k else None
-    # .data: each gradient has a version of its own, so that a write to one leaves those of others.
+    # .data: each gradient has its own version counter; a write to one does not count as a write to another.
     of_weights = [None] * n if drs is None else [g.data for g in torch.bmm(drs.mT, ys)]
     return [dr, of_u, *of_weights, *of_steps]
 
