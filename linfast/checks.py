@@ -199,7 +199,7 @@ def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any)
 
 
 def is_of_input(error: RuntimeError) -> bool:
-    """Whether an error of torch is about an input's shape, dtype or device, and not about memory or the GPU, say."""
+    """Whether an error of torch is about an input's shape, dtype or device, and not about memory or a GPU, say."""
     if type(error) is not RuntimeError or str(error).startswith("CUDA error"):
         return False
     return re.search("shape|size|dimension|type|device", str(error)) is not None

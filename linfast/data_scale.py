@@ -91,7 +91,7 @@ def insert_when_loaded(p: Any, state: dict[str, Any], prefix: str, *rest: object
 
 
 def _of_one_shape(own: Any, given: Any) -> bool:
-    """Whether a state's value may replace this one, which may also be a lazy parameter or a module's extra state."""
+    """Whether a state's value may replace this one, which may be a lazy parameter or a module's extra state."""
     return is_lazy(own) or getattr(own, "shape", None) == getattr(given, "shape", None)
 
 

@@ -68,7 +68,7 @@ def test_data_far_from_unit_scale_give_one_warning_in_training() -> None:
         p(far)
         lf.Density(lf.coupling_flow(2, 2, (8,))).standardize(far)(far)
         raises = lf.Density(lf.coupling_flow(2, 2, (8,)))
-        with pytest.raises(UserWarning, match="call p.standardize"):
+        with pytest.raises(UserWarning, match=r"call p\.standardize"):
             raises(far)
         raises(far)  # a warning that is an error is raised once, too
     with pytest.warns(UserWarning, match="feature 1: mean .*, deviation 0.00"):
