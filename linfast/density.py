@@ -125,11 +125,10 @@ class Density(nn.Module, HubMethods):
         """Shift and scale data to mean 0 and standard deviation 1 per feature (channel), by those of x [N, ...].
 
         The first layer of ``flow`` is then an ActNorm with these values, which is not trained; the names in the
-        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. Where a state with this layer
-        is loaded into a density without it, the layer is added. It is not trained there either, even where the
-        state is of a flow with a trained ActNorm in front: the two have the same names. ``log_prob`` and samples
-        stay in the units of the data. In a torch.distributed process group all processes call it together, and the
-        values are those of all their data. Returns the density itself.
+        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. ``load_state_dict`` adds a
+        state's first ActNorm to a density without one. It is not trained there, even if it was trained before.
+        ``log_prob`` and samples stay in the units of the data. In a torch.distributed process group all processes
+        call it together, and the values are those of all their data. Returns the density itself.
 
         Raises:
             ValueError: a feature that is constant in x, or values that are not finite; a layer that does not take
