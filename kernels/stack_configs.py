@@ -254,11 +254,11 @@ def _target(kind: str, index: int | None) -> str | None:
 
 def multiprocessors(x: Tensor) -> int:
     """Those of x's GPU; without a GPU those of the one whose tiles Triton's interpreter runs."""
-    return _multiprocessors(x.device.type, x.device.index)
+    return _of_gpu(x.device.index) if x.device.type == "cuda" else _without_gpu()
 
 
-def _multiprocessors(kind: str, index: int | None) -> int:
-    return _of_gpu(index) if kind == "cuda" else MULTIPROCESSORS[_target(kind, index) or ""]
+def _without_gpu() -> int:
+    return MULTIPROCESSORS[_target("cpu", None) or ""]
 
 
 @functools.lru_cache(64)

@@ -66,7 +66,7 @@ def are_plain(layers: Iterable[Any], kinds: tuple[type, ...]) -> bool:
 
 def is_transformed() -> bool:
     """Whether a transform of torch.func, or a forward-mode derivative, is being computed."""
-    return torch._C._are_functorch_transforms_active() or is_forward_mode()
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def is_batched(tensor: Tensor) -> bool:

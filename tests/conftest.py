@@ -52,7 +52,7 @@ def _one_multiprocessor():
     holds. More run on the entry's full tile, on which a GPU runs thousands of rows.
     """
     # Not by the test's own monkeypatch: made before other fixtures, it would undo what a test sets after they end.
-    with mock.patch.object(stack_configs, "_multiprocessors", return_value=1):
+    with mock.patch.multiple(stack_configs, _of_gpu=lambda index: 1, _without_gpu=lambda: 1):
         yield
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dispatch import interpreting, is_transformed, refuse_kernel, without_autocast
+from ..dispatch import interpreting, is_forward_mode, is_transformed, refuse_kernel, without_autocast
 from ..ranges import range_
 
 RAW_OPS: dict[str, RawOp] = {}
@@ -213,7 +213,13 @@ def define_op(
     Function.__name__ = Function.__qualname__ = f"linfast_{name}"
 
     def call(*inputs: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_differentiated(inputs[:n]):
+        compiling = torch.compiler.is_compiling()
+        if compiling and is_forward_mode():  # the compiled graph would lose the derivative
+            raise NotImplementedError(
+                f"linfast::{name} has no forward-mode derivative (torch.func.jvp, jacfwd): take torch.func.vjp or "
+                "jacrev, or run it inside `with lf.backend('reference')`"
+            )
+        if compiling or _is_differentiated(inputs[:n]):
             return Function.apply(*inputs)
         return run(*inputs)
 

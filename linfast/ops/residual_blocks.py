@@ -182,15 +182,14 @@ def _pulled(
                 of_u = of_u + grad_first
             given = sums[k], inputs[k], bias, gate, *parameters, *statistics[2 * k : 2 * k + 2]
             options = steps[k].options(k, activation if k < n else None)
-            of_outputs, memory = (
-                (None if k % 2 else of_u, dy, None, None),
-                drs[k - 1] if k and drs is not None else None,
-            )
+            of_outputs = None if k % 2 else of_u, dy, None, None
+            memory = drs[k - 1] if k and drs is not None else None
             dr, dbias, dskip, *rest = launch(*given, *of_outputs, *options, wanted, memory)
             of_steps = [dbias, *rest, *of_steps]
             of_u = of_u if k % 2 else dskip
             dy = torch.mm(dr, weights[k - 1]) if k else None
-    of_weights = [None] * n if drs is None else torch.bmm(drs.mT, ys).unbind()
+    # .data: each gradient has a version of its own, so that a write to one is none to another.
+    of_weights = [None] * n if drs is None else [g.data for g in torch.bmm(drs.mT, ys)]
     return [dr, of_u, *of_weights, *of_steps]
 
 

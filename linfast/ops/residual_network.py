@@ -327,7 +327,7 @@ def _count(found: Sequence[_Counted]) -> None:
             running: list[Any] = [norm.running_mean for norm, *_ in mine] + [norm.running_var for norm, *_ in mine]
             of_batch = [mean for _, mean, _ in mine] + [var for *_, var in mine]
             of_batch = [b.to(r.dtype) for r, b in zip(running, of_batch, strict=True)]
-            counts: list[Any] = [c for norm, *_ in mine if (c := norm.num_batches_tracked) is not None]
+            counts = [norm.num_batches_tracked for norm, *_ in mine if norm.num_batches_tracked is not None]
             # torch documents its operations on lists of tensors under these names.
             torch._foreach_lerp_(running, of_batch, 0.0 if momentum is None else momentum)
             if counts:

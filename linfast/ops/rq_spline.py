@@ -215,7 +215,7 @@ def _like(y: Tensor, x: Tensor) -> Tensor:
 
 def _runs_planes(x: Tensor, *given: Tensor) -> bool:
     """Whether the code for a CPU runs. It has no forward-mode derivative, which the reference has."""
-    if not torch.compiler.is_compiling() and is_forward_mode():
+    if is_forward_mode():
         return False
     return x.is_cpu and chosen_backend() != "reference" and not uses_triton(x, *given)
 

@@ -346,6 +346,10 @@ def test_forward_mode_derivatives_are_those_of_reverse_mode(make: Callable[..., 
     torch.testing.assert_close(torch.func.jacfwd(p.flow)(x), torch.func.jacrev(p.flow)(x), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(torch.func.jacfwd(p)(x), torch.func.jacrev(p)(x), rtol=1e-9, atol=1e-11)
 
+    torch.compiler.reset()
+    jacobian = torch.compile(torch.func.jacfwd(p), backend="aot_eager")
+    torch.testing.assert_close(jacobian(x), torch.func.jacrev(p)(x), rtol=1e-9, atol=1e-11)
+
     def of_row(row: Tensor) -> Tensor:
         return p(row[None])[0]
 

@@ -63,7 +63,7 @@ def as_on_gpu(target: str) -> Iterator[None]:
         "linfast.kernels.stack_configs._target": _constant(target),
         "linfast.kernels.stack_backward_grid.StackPass.part_dtype": property(lambda self: torch.bfloat16),
         # One multiprocessor, so that small batches run on all tiles; two programs of the backward.
-        "linfast.kernels.stack_configs._multiprocessors": lambda kind, index: 1,
+        "linfast.kernels.stack_configs._without_gpu": lambda: 1,
         "linfast.kernels.coupling_stack_backward.multiprocessors": lambda x: 2,
         "linfast.kernels.latent_matmul.ELEMENTS_ALONE": ELEMENTS_ALONE,
     }

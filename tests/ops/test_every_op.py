@@ -122,6 +122,13 @@ def test_a_raw_op_runs_alone_only_where_nothing_is_differentiated() -> None:
     with lf.backend("triton"), torch.no_grad(), forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
         ops.affine_coupling(forward_ad.make_dual(x, x), params, lf.ScaleMap())
 
+    def derivative(x: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(lambda x: ops.affine_coupling(x, params, lf.ScaleMap())[0], (x,), (x,))[1]
+
+    torch.compiler.reset()  # a compiled graph would return zeros
+    with lf.backend("triton"), pytest.raises(Exception, match="no forward-mode derivative|implement the jvp"):
+        torch.compile(derivative, backend="eager")(x)
+
 
 def test_an_op_runs_on_its_first_tensors_gpu() -> None:
     """A stand-in for a second GPU: the launcher is called inside torch.cuda.device of the tensor's."""

@@ -93,13 +93,14 @@ def test_small_batches_get_tiles_of_fewer_rows() -> None:
             assert entry.config_of(1 << 22, 132) == entry.config
 
 
-_multiprocessors = stack_configs._multiprocessors  # as it is outside tests, which have one
+_OUTSIDE_TESTS = {name: getattr(stack_configs, name) for name in ("_of_gpu", "_without_gpu")}
 
 
 @pytest.mark.parametrize("module", [stack_configs, coupling_stack_backward])
 def test_tiles_are_for_the_gpus_own_multiprocessors(module, monkeypatch: pytest.MonkeyPatch) -> None:
     """An H100 on PCIe has 114 and not 132; without a GPU the table says how many."""
-    monkeypatch.setattr(stack_configs, "_multiprocessors", _multiprocessors)
+    for name, function in _OUTSIDE_TESTS.items():  # in tests they return 1
+        monkeypatch.setattr(stack_configs, name, function)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda index: SimpleNamespace(multi_processor_count=114)
     )
