@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import flows, operators
 from .base_distributions import FixedBase, OtherBase
+from .checks import with_article
 from .density import Density
 from .linearizer import Linearizer
 from .operators import base
@@ -116,18 +117,18 @@ def _how_to_save(module: nn.Module) -> str:
         return "register its class with linfast.io.register"
     for inside in ("_orig_mod", "module"):  # of torch.compile, and of DDP and others
         if isinstance(getattr(module, inside, None), nn.Module):
-            return f"save the model inside it, model.{inside}"
+            return f"give what is inside it, its .{inside}"
     return "make it in a class of your own, registered with linfast.io.register"
 
 
 def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
-    cls, kind = type(module), type(module).__name__
+    cls, kind, shown = type(module), type(module).__name__, with_article(type(module))
     if not is_described(module):
         parametrized = hasattr(module, "parametrizations")
         advice = "; remove its parametrizations (torch.nn.utils.parametrize) first" if parametrized else ""
         if isinstance(module, OtherBase):
             raise TypeError(f"cannot save {module}: give Density a module of a registered class that returns it")
-        raise TypeError(f"cannot save a {kind}: {_how_to_save(module)}{advice}")
+        raise TypeError(f"cannot save {shown}: {_how_to_save(module)}{advice}")
     renamed: Mapping[str, str] = getattr(module, "_config_names", {})
     # The signature of __init__, not of the class: a module without its own constructor takes no arguments.
     own = cls.__init__ is not nn.Module.__init__
@@ -135,7 +136,7 @@ def _describe_module(module: nn.Module, seen: dict[int, int]) -> Any:
     arguments = {}
     for name in names:
         if not hasattr(module, renamed.get(name, name)):
-            raise TypeError(f"cannot save a {kind}: it keeps no attribute {name!r}, an argument of its constructor")
+            raise TypeError(f"cannot save {shown}: it keeps no attribute {name!r}, an argument of its constructor")
         arguments[name] = describe(getattr(module, renamed.get(name, name)), seen, f"{kind}: {name}")
     seen[id(module)] = len(seen)
     return {"class": kind, "arguments": arguments}

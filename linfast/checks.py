@@ -178,7 +178,7 @@ def check_kind(
     """TypeError unless value is an instance of ``kind``; ``what`` describes the valid types in the message."""
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        what = " or ".join(map(_with_article, kinds)) if what is None else what
+        what = " or ".join(map(with_article, kinds)) if what is None else what
         raise TypeError(f"{name} must be {what}; got {_shown(value)}")
 
 
@@ -199,11 +199,14 @@ def said_of(name: str, function: Callable[..., Any], x: Any, /, **keywords: Any)
 
 
 def is_of_input(error: RuntimeError) -> bool:
-    """Whether an error of torch is about an input's shape, dtype or device, and not about memory, say."""
-    return type(error) is RuntimeError and re.search("shape|size|dimension|type|device", str(error)) is not None
+    """Whether an error of torch is about an input's shape, dtype or device, and not about memory or a GPU, say."""
+    if type(error) is not RuntimeError or str(error).startswith("CUDA error"):
+        return False
+    return re.search("shape|size|dimension|type|device", str(error)) is not None
 
 
-def _with_article(kind: type) -> str:
+def with_article(kind: type) -> str:
+    """The class's name for a message, such as "an Identity"."""
     name = {"Tensor": "tensor", "NoneType": "None"}.get(kind.__name__, kind.__name__)
     return name if name == "None" else f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .dispatch import capturing, has_values
 from .flows.actnorm import ActNorm
@@ -71,7 +72,10 @@ def check_takes(flow: Flow, x: Tensor) -> None:
 
 
 def insert_when_loaded(p: Any, state: dict[str, Any], prefix: str, *rest: object) -> None:
-    """A hook of ``load_state_dict``: a state with the layer of ``standardize`` adds it to a density p without."""
+    """Before ``load_state_dict``: a state with the layer of ``standardize`` adds it to a density p without.
+
+    Densities that were pickled by an earlier version call it as a hook, with the ``rest`` of a hook's arguments.
+    """
     start = f"{prefix}flow."
     names = {key.removeprefix(start) for key in state if key.startswith(start)}
     layer = {f"bijections.0.{name}" for name in ("bias", "log_scale", "initialized")}
@@ -81,16 +85,23 @@ def insert_when_loaded(p: Any, state: dict[str, Any], prefix: str, *rest: object
     if p.flow.features not in (None, features):
         return
     whole = in_front(ActNorm(features).to(p._like()).requires_grad_(False), p.flow)
-    if whole.state_dict().keys() == names:
+    own = whole.state_dict()
+    if own.keys() == names and all(_of_one_shape(value, state[start + name]) for name, value in own.items()):
         p.flow, p._scale_is_known = whole, True
 
 
-def warn_of_scale(x: Tensor) -> bool:
-    """Warn where x is far from unit scale, and return whether x tells its scale. It reads x on the host."""
+def _of_one_shape(own: Any, given: Any) -> bool:
+    """Whether a state's value may replace this one, which may be a lazy parameter or a module's extra state."""
+    return is_lazy(own) or getattr(own, "shape", None) == getattr(given, "shape", None)
+
+
+def warn_of_scale(p: Any, x: Tensor) -> None:
+    """Warn where x tells its scale and is far from unit scale: once for the density p. It reads x on the host."""
     if x.shape[0] < _LEAST_ROWS or not has_values(x) or capturing(x):
-        return False
+        return
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
+        return
+    p._scale_is_known = True
     values = x.detach().transpose(0, 1).flatten(1).double()
     mean, std = values.mean(1), values.std(1)
     far = (mean.abs() > _FARTHEST_MEAN) | (std < _STDS[0]) | (std > _STDS[1])
@@ -100,4 +111,3 @@ def warn_of_scale(x: Tensor) -> bool:
             f"deviation {std[i]:.4g}) and would fit slowly: call p.standardize(x) with the training data",
             stacklevel=3,
         )
-    return True

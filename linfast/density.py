@@ -68,7 +68,6 @@ class Density(nn.Module, HubMethods):
         self.embedding = embedding
         self.shape = _shape(flow, base, shape)
         self._scale_is_known = any(isinstance(module, ActNorm) for module in flow.modules())
-        self.register_load_state_dict_pre_hook(data_scale.insert_when_loaded)
 
     def forward(self, x: Tensor, context: Any = None) -> Tensor:
         """``log_prob(x, context)``."""
@@ -89,7 +88,7 @@ class Density(nn.Module, HubMethods):
             given = self._given(context, x.shape[0], "x")
         z, log_det = self.flow.forward_and_log_det(x, **given)
         if self.training and not self._scale_is_known and not torch.compiler.is_compiling():
-            self._scale_is_known = data_scale.warn_of_scale(x)
+            data_scale.warn_of_scale(self, x)
         return self._base_log_prob(z) + log_det
 
     @torch.no_grad()
@@ -126,10 +125,10 @@ class Density(nn.Module, HubMethods):
         """Shift and scale data to mean 0 and standard deviation 1 per feature (channel), by those of x [N, ...].
 
         The first layer of ``flow`` is then an ActNorm with these values, which is not trained; the names in the
-        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. Where a state with this layer
-        is loaded into a density without it, the layer is added. ``log_prob`` and samples stay in the units of the
-        data. In a torch.distributed process group all processes call it together, and the values are those of all
-        their data. Returns the density itself.
+        state_dict shift by this layer, and hooks of ``flow`` itself are left behind. ``load_state_dict`` adds a
+        state's first ActNorm to a density without one. It is not trained there, even if it was trained before.
+        ``log_prob`` and samples stay in the units of the data. In a torch.distributed process group all processes
+        call it together, and the values are those of all their data. Returns the density itself.
 
         Raises:
             ValueError: a feature that is constant in x, or values that are not finite; a layer that does not take
@@ -149,6 +148,10 @@ class Density(nn.Module, HubMethods):
 
     def extra_repr(self) -> str:
         return f"shape={self.shape}"
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        data_scale.insert_when_loaded(self, state, prefix)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def _given(self, context: Any, rows: int, of: str = "n") -> dict[str, Tensor]:
         """The flow's keyword arguments, for this number of samples, those of x or n."""

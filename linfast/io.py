@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from . import hub, state
 from .blueprint import DTYPES, STORED_AS, build, describe, register, size_list
-from .checks import check_kind, check_path
+from .checks import check_kind, check_path, with_article
 from .dispatch import usable_device
 from .flows.bijection import Bijection
 from .flows.mix import check_permutation
@@ -100,7 +100,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             _check_finite(key, value)
         _check_permutations(model)
     except ValueError as error:
-        raise ValueError(f"cannot save a {type(model).__name__}: {error}") from error
+        raise ValueError(f"cannot save {with_article(type(model))}: {error}") from error
     contiguous = {key: value.clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     with written_whole(path) as partial:
         try:

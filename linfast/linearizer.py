@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_dense, check_time, said_of
+from .checks import check_count, check_dense, check_kind, check_time, said_of
 from .flows.bijection import same_space
 from .hub import HubMethods
 from .match import match_linearizer
@@ -243,14 +244,16 @@ class LinearizerSVD:
         return 3
 
     def __getitem__(self, index: int) -> Tensor:
+        check_kind("index", index, numbers.Integral, "0 (left), 1 (S) or 2 (right)")
         return getattr(self, ("left", "S", "right")[index])
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self.__getitem__, range(len(self)))
 
-    def __getattr__(self, name: str) -> NoReturn:
-        advice = "; see left and right, or operator for the SVD of A" if name in ("U", "V", "Vh") else ""
-        raise AttributeError(f"'LinearizerSVD' object has no attribute {name!r}{advice}")
+    def _absent(self) -> NoReturn:
+        raise AttributeError("a LinearizerSVD has no U, V or Vh; see left and right, or operator for the SVD of A")
+
+    U = V = Vh = property(_absent)
 
     def __repr__(self) -> str:
         U, S, Vh = self.operator

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .blueprint import DTYPES, is_described
+from .checks import with_article
 
 Stored = Mapping[str, tuple[list[int], str]]  # shapes and dtypes of a file's tensors
 _MOST_GAPS = 2  # in a tensor's strides; each doubles the memory that it takes
@@ -203,7 +204,7 @@ def check_rebuilt(model: nn.Module, built: nn.Module) -> None:
     for name in [*mine, *theirs]:
         if mine.get(name) != theirs.get(name):
             raise TypeError(
-                f"cannot save a {type(model).__name__}: {name} is {mine.get(name, 'missing'):.200} and would be "
+                f"cannot save {with_article(type(model))}: {name} is {mine.get(name, 'missing'):.200} and would be "
                 f"{theirs.get(name, 'missing'):.200} in the loaded one; {_ADVICE}"
             )
 

@@ -156,7 +156,7 @@ def _step_by_step(f: Linearizer, z: Tensor, plan: Schedule, on_step: Callable[[T
 def check_over_time(f: Linearizer) -> None:
     """TypeError unless f is a Linearizer, ValueError unless its A is square and depends on time."""
     if isinstance(f, (Bijection, Density)):
-        of = "a flow is sampled by lf.Density(flow)" if isinstance(f, Bijection) else "a density is sampled by p"
-        raise TypeError(f"f must be a Linearizer; got {type(f).__name__}: {of}.sample(n)")
+        how = "a flow is sampled by lf.Density(flow)." if isinstance(f, Bijection) else "call its own "
+        raise TypeError(f"f must be a Linearizer; got {type(f).__name__}: {how}sample(n)")
     check_kind("f", f, Linearizer)
     check_time_dependent(f.A, "f.A")

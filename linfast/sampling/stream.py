@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checks import _with_article, check_count, check_counts, check_dense, check_flag, check_kind
+from ..checks import check_count, check_counts, check_dense, check_flag, check_kind, with_article
 from ..density import Density
 from ..dispatch import check_values, tensors_of
 from ..flows.bijection import Bijection, Inverse
@@ -174,7 +174,7 @@ class _Source:
             if isinstance(f, Bijection) and not isinstance(f, Inverse):
                 advice = "; a flow maps data to noise: to sample it, give lf.Density(flow)"
             raise ValueError(
-                f"noise_shape must be given for {_with_article(type(f))}: its noise has no known shape{advice}"
+                f"noise_shape must be given for {with_article(type(f))}: its noise has no known shape{advice}"
             )
         identity["noise_shape"] = [int(size) for size in shape]  # Python's ints, for JSON
         return cls(f, seed, block, tuple(shape), like.device, like.dtype, cuda_graph, identity)

@@ -172,6 +172,7 @@ class _Fails(nn.Module):
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB; see max_split_size_mb"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 800 bytes"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(n, compute_type)`"),
         RuntimeError("the server is gone"),
         NotImplementedError("not for this size"),
         KeyError("size"),

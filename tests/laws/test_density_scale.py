@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 
@@ -66,6 +67,10 @@ def test_data_far_from_unit_scale_give_one_warning_in_training() -> None:
         warnings.simplefilter("error")
         p(far)
         lf.Density(lf.coupling_flow(2, 2, (8,))).standardize(far)(far)
+        raises = lf.Density(lf.coupling_flow(2, 2, (8,)))
+        with pytest.raises(UserWarning, match=r"call p\.standardize"):
+            raises(far)
+        raises(far)  # a warning that is an error is raised once, too
     with pytest.warns(UserWarning, match="feature 1: mean .*, deviation 0.00"):
         lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2) * torch.tensor([1.0, 1e-3]))
 
@@ -140,11 +145,21 @@ def test_another_state_changes_no_layers() -> None:
     p = lf.Density(lf.coupling_flow(2, 2, (8,)))
     deeper = lf.Density(lf.coupling_flow(2, 3, (8,))).standardize(torch.randn(9, 2))
     wider = lf.Density(lf.coupling_flow(4, 2, (8,))).standardize(torch.randn(9, 4))
-    for other in (deeper, wider, lf.Density(lf.coupling_flow(2, 2, (8,), actnorm=True))):
+    more_hidden = lf.Density(lf.coupling_flow(2, 2, (16,))).standardize(torch.randn(9, 2))
+    for other in (deeper, wider, more_hidden, lf.Density(lf.coupling_flow(2, 2, (8,), actnorm=True))):
         flow = p.flow
         with pytest.raises(RuntimeError, match="Error"):
             p.load_state_dict(other.state_dict())
         assert p.flow is flow
+
+
+def test_a_shallow_copy_takes_a_state_without_the_original() -> None:
+    x = torch.randn(9, 2)
+    saved = lf.Density(lf.coupling_flow(2, 2, (8,))).standardize(5 + 3 * x)
+    copied = copy.copy(lf.Density(lf.coupling_flow(2, 2, (8,))))
+    gc.collect()
+    copied.load_state_dict(saved.state_dict())
+    assert torch.equal(copied(x), saved(x))
 
 
 def test_a_flow_with_its_own_actnorm_gives_no_warning() -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import linfast as lf
 from tests.laws import operators_zoo as zoo
@@ -179,6 +179,11 @@ def test_svd_is_a_singular_system_of_data(name: str) -> None:
     assert relative(svd.linearizer()(x), f(x)) <= limit
 
 
+class _LacksAPart(nn.Module):
+    def inverse(self, z: Tensor) -> Tensor:
+        return self.part(z)  # type: ignore[no-any-return]
+
+
 def test_an_svd_is_indexed_and_shown() -> None:
     tall = lf.Linearizer(lf.coupling_flow(4, 1, (4,)), lf.Dense(16, 4), lf.image_flow(1, 4, 1, 4))
     svd = tall.svd()
@@ -189,10 +194,15 @@ def test_an_svd_is_indexed_and_shown() -> None:
     assert len(svd) == 3
     with pytest.raises(IndexError):
         svd[3]
-    for name in ("U", "Vh"):
+    with pytest.raises(TypeError, match=r"index must be 0 \(left\), 1 \(S\) or 2 \(right\); got slice"):
+        svd[0:2]  # type: ignore[index]
+    for name in ("U", "V", "Vh"):
         assert not hasattr(svd, name)
-        with pytest.raises(AttributeError, match=f"{name!r}; see left and right, or operator for the SVD of A"):
+        with pytest.raises(AttributeError, match="see left and right, or operator for the SVD of A"):
             getattr(svd, name)
+    svd.g_y = _LacksAPart()
+    with pytest.raises(AttributeError, match="'_LacksAPart' object has no attribute 'part'"):
+        svd.left  # noqa: B018
     assert torch.equal(copy.copy(svd).S, svd.S)
 
 

@@ -117,7 +117,7 @@ def test_images_are_sampled_in_their_own_shape() -> None:
         (lambda f, x: lf.collapse(lf.Dense(3, 8) @ f.A), ValueError, "must be square.*3 x 8"),
         (lambda f, x: lf.sample(f.A, x), TypeError, "f must be a Linearizer"),
         (lambda f, x: lf.sample(f.g_x, x), TypeError, r"a flow is sampled by lf.Density\(flow\).sample\(n\)"),
-        (lambda f, x: lf.generator(lf.Density(f.g_x)), TypeError, r"a density is sampled by p.sample\(n\)"),
+        (lambda f, x: lf.generator(lf.Density(f.g_x)), TypeError, r"got Density: call its own sample\(n\)"),
         (lambda f, x: f(x), ValueError, "depends on time"),
     ],
 )
