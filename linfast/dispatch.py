@@ -228,8 +228,11 @@ matmul_mode._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """The dtype that autocast rounds to on devices of this type; None where it is off or, as on "meta", missing."""
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
+    if device == "meta":
+        return None
+    # Dynamo of torch 2.11 cannot trace the first call.
+    has_autocast = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device)
+    return torch.get_autocast_dtype(device) if has_autocast and torch.is_autocast_enabled(device) else None
 
 
 def without_autocast(device: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
