@@ -78,14 +78,16 @@ class MaskedSpec:
         parts = [size * padded(before) for before, size in pairwise(sizes)]
         offsets = [0, *accumulate([*parts, *sizes[1:]])]
         n_extras = sum([size * kind.bit_count() for size, kind in zip(sizes[1:-1], self.extra_kinds, strict=True)])
-        vars(self).update(
-            n_layers=n,
-            sizes=tuple(sizes),
-            parts=tuple(parts),
-            offsets=tuple(offsets[:-1]),
-            total=offsets[-1],
-            n_extras=n_extras,
-        )
+        computed: dict[str, Any] = {
+            "n_layers": n,
+            "sizes": tuple(sizes),
+            "parts": tuple(parts),
+            "offsets": tuple(offsets[:-1]),
+            "total": offsets[-1],
+            "n_extras": n_extras,
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)  # frozen; Dynamo of torch 2.11 knows no update of vars()
 
     @property
     def n_matrices(self) -> int:

@@ -93,18 +93,20 @@ class StackLayout:
         matrix_size = sum([n_out * n_in for n_out, n_in in shapes])
         map_offset, map_size = matrix_size + sum(widths[1:]), (0, 2 * half, 4 * half * half)[self.maps]
         scales_offset = map_offset + map_size + (2 * half if self.maps else 0)
-        vars(self).update(
-            half=half,
-            sizes=((self.features + 1) // 2, self.features // 2),
-            widths=widths,
-            matrix_shapes=shapes,
-            matrix_size=matrix_size,
-            map_shape=((0,), (2 * half,), (2 * half, 2 * half))[self.maps],
-            map_size=map_size,
-            map_offset=map_offset,
-            scales_offset=scales_offset,
-            row_size=scales_offset + (2 * half if self.maps == DENSE else 0) + sum(widths[1:]),
-        )
+        computed: dict[str, Any] = {
+            "half": half,
+            "sizes": ((self.features + 1) // 2, self.features // 2),
+            "widths": widths,
+            "matrix_shapes": shapes,
+            "matrix_size": matrix_size,
+            "map_shape": ((0,), (2 * half,), (2 * half, 2 * half))[self.maps],
+            "map_size": map_size,
+            "map_offset": map_offset,
+            "scales_offset": scales_offset,
+            "row_size": scales_offset + (2 * half if self.maps == DENSE else 0) + sum(widths[1:]),
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)  # frozen; Dynamo of torch 2.11 knows no update of vars()
 
     def pad(self, x: Tensor) -> Tensor:
         """[B, D] -> [B, 2 P]: zeros after each half; x itself where there is nothing to add."""

@@ -314,6 +314,8 @@ def capturing(x: Tensor) -> bool:
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """The tensors of a module, parameters first; in nn.DataParallel's replicas parameters are plain attributes."""
+    if torch.compiler.is_compiling():  # which knows no replicas; torch 2.11 cannot trace the values of vars()
+        return chain(module.parameters(), module.buffers())
     plain = (value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor))
     return chain(module.parameters(), plain, module.buffers())
 

@@ -170,7 +170,7 @@ class Registered:
             if call is None or asked is None:
                 return original(x)
             turned, context = asked
-            inverse, returns = undoes != turned, call.log_det[turned]
+            inverse, returns = undoes != turned, call.log_det[int(turned)]  # Dynamo of torch 2.11 needs the int
             if together is not None and not context and (together is fused or together.takes(x)):
                 if not returns:
                     return together.value(module, x, inverse)

@@ -123,7 +123,7 @@ def _method(name: str, run: Callable[..., Any], adapter: Adapter, original: type
 
     @functools.wraps(before)
     def method(self: Any, *arguments: Any, **named: Any) -> Any:
-        least = vars(self)[PLAN].least_rows[torch.is_grad_enabled()]
+        least = vars(self)[PLAN].least_rows[int(torch.is_grad_enabled())]  # Dynamo of torch 2.11 needs the int
         if least and arguments and is_short(arguments[0], least):
             return before(self, *arguments, **named)
         if not may_replace(self, adapter, name) or _is_symbolic((*arguments, *named.values())):
