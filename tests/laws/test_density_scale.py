@@ -61,7 +61,7 @@ def test_data_far_from_unit_scale_give_one_warning_in_training() -> None:
         p.eval()(far)
         p.train()(far[:2])  # too few to tell
         lf.Density(lf.coupling_flow(2, 2, (8,)))(torch.randn(50, 2))
-    with pytest.warns(UserWarning, match=r"feature 0: mean 5\d+, deviation \d+.*call p.standardize"):
+    with pytest.warns(UserWarning, match=r"feature 0: mean [45]\d+, deviation \d+.*call p.standardize"):
         p(far)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
