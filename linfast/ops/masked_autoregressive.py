@@ -36,12 +36,10 @@ from ..precision import half_dtype, resolve_precision
 from ..scale_maps import ScaleMap
 from .affine_coupling import ORDERS
 from .autoregressive_masks import AutoregressiveMasks
-from .masked_plain import MASKED_ACTIVATIONS, differentiable, plain, plain_backward
+from .masked_plain import MASKED_ACTIVATIONS, NUMBERS, differentiable, plain, plain_backward
 from .register import RawOp, define_op
 from .rq_spline import spline_transform
 from .stack_weights import rounded
-
-_NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
 
 Extras = Sequence[tuple[Tensor | None, Tensor | None]]
 
@@ -101,7 +99,7 @@ def masked_autoregressive(
     columns, kinds = masks.pack_extras(given)
     kind, bound, floor = (0, 1.0, 0.0) if scale_map is None else (scale_map.constexpr_id, *scale_map.constants)
     numbers = () if spline is None else tuple(map(float, spline))
-    constants = (_NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode, numbers)
+    constants = (NUMBERS[activation], kind, bound, floor, order == "scale_first", inverse, mode, numbers)
     spec = masks.spec(kinds, *constants)
     check_tensor("packed", weight, x)
     if weight.shape != (spec.total,):

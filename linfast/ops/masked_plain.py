@@ -25,7 +25,8 @@ from .rq_spline import rq_spline_reference, spline_backward, spline_transform
 
 MASKED_ACTIVATIONS = {**ACTIVATIONS, "elu": F.elu}
 """The activations of masked networks; an index in it is the activation's number in the kernel."""
-_FUNCTIONS = tuple(MASKED_ACTIVATIONS.values())
+BY_NUMBER = tuple(MASKED_ACTIVATIONS.values())
+NUMBERS: dict[str | None, int] = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
 
 Elementwise = Callable[[Tensor], Tensor]
 
@@ -34,7 +35,7 @@ def _network(weights: Tensor, extras: Tensor | None, spec: MaskedSpec) -> Networ
     wide = torch.promote_types(weights.dtype, torch.float32)
     weights = weights.to(wide)
     pairs = spec.split_extras(None if extras is None else extras.t().to(wide))
-    return Network(spec, spec.matrices(weights), spec.biases(weights), pairs, _FUNCTIONS[spec.activation])
+    return Network(spec, spec.matrices(weights), spec.biases(weights), pairs, BY_NUMBER[spec.activation])
 
 
 def _sorted(x: Tensor, spec: MaskedSpec) -> Tensor:

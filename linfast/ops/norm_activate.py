@@ -19,14 +19,13 @@ from torch import Tensor
 
 from ..checks import check_choice, check_flag, check_number, check_tensor
 from ..dispatch import uses_triton
-from .masked_plain import MASKED_ACTIVATIONS
+from .masked_plain import BY_NUMBER, MASKED_ACTIVATIONS, NUMBERS
 from .register import define_op
 
 NORMS = ("none", "given", "of the batch")
 """What normalises; an index is the kernel's number."""
 
-_FUNCTIONS = tuple(MASKED_ACTIVATIONS.values())
-NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)} | {None: -1}
+NUMBER_OR_NONE = {**NUMBERS, None: -1}
 _Outputs = tuple[Tensor | None, ...]
 
 
@@ -80,7 +79,7 @@ def norm_activate(
     fixed = not any(t is not None and t.requires_grad for t in (mean, var))
     runs = uses_triton(*(t for t in given if t is not None)) and fixed
     run: Any = _norm_activate if runs else norm_activate_reference
-    found = run(*given, norm, eps, NUMBERS[activation], with_sum)
+    found = run(*given, norm, eps, NUMBER_OR_NONE[activation], with_sum)
     made = with_sum, activation is not None, of_batch, of_batch
     u, y, *statistics = (t if is_made else None for t, is_made in zip(found, made, strict=True))
     return u, y, *(t if t is None else t.detach() for t in statistics)
@@ -128,7 +127,7 @@ def _normalised(
         u = (u - mean.to(compute)) * (var.to(compute) + eps).rsqrt()
         u = u if weight is None else u * weight.to(compute)
         u = u if shift is None else u + shift.to(compute)
-    return _FUNCTIONS[activation](u) if activation >= 0 else None, *found
+    return BY_NUMBER[activation](u) if activation >= 0 else None, *found
 
 
 def _backward(

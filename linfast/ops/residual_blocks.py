@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..dispatch import is_batched, is_transformed, uses_triton, without_autocast
-from .norm_activate import NORMS, NUMBERS, norm_activate, pulled_back
+from .norm_activate import NORMS, NUMBER_OR_NONE, norm_activate, pulled_back
 from .register import launching
 
 _TENSORS = 6  # the first fields of a step
@@ -46,7 +46,7 @@ class Step(NamedTuple):
     def options(self, k: int, activation: str | None) -> tuple[int, float, int, bool]:
         """The constants of the raw op for step k."""
         norm = NORMS.index("of the batch") if self.of_batch else int(self.mean is not None)
-        return norm, self.eps, NUMBERS[activation], k % 2 == 0
+        return norm, self.eps, NUMBER_OR_NONE[activation], k % 2 == 0
 
 
 def run_blocks(

@@ -23,14 +23,11 @@ from ..dispatch import cat, uses_triton
 from ..freeze import derived
 from ..kernels.stack_configs import LARGEST_RESIDUAL, mode_on, target_of
 from ..precision import part_dtype, resolve_precision
-from .masked_plain import MASKED_ACTIVATIONS
+from .masked_plain import BY_NUMBER, NUMBERS
 from .register import RawOp
 
 if TYPE_CHECKING:
     from .residual_network import ResidualNetwork, Terms
-
-_FUNCTIONS = tuple(MASKED_ACTIVATIONS.values())
-_NUMBERS = {name: number for number, name in enumerate(MASKED_ACTIVATIONS)}
 
 
 def is_one_launch(x: Tensor, net: ResidualNetwork, terms: Terms | None) -> bool:
@@ -95,7 +92,7 @@ def residual_stack(
     run: Any = _residual_stack if uses_triton(x, packed) else residual_stack_reference
     out: Tensor = run(
         x, packed, columns, net.last[0].shape[0], len(net.blocks), net.first[0].shape[1], norms is not None,
-        terms is not None and len(terms.gates) > 0, norms[0].eps if norms else 0.0, _NUMBERS[activation],
+        terms is not None and len(terms.gates) > 0, norms[0].eps if norms else 0.0, NUMBERS[activation],
         transposed, mode, part_dtype(x, mode),
     )  # fmt: skip
     return out
@@ -106,7 +103,7 @@ def residual_stack_reference(
     eps: float, activation: int, transposed: bool, precision: str, part_dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """The network in plain torch, from the packed weights: sums in fp32 or wider."""
-    width, act = terms.shape[1] // (1 + n_blocks * gates), _FUNCTIONS[activation]
+    width, act = terms.shape[1] // (1 + n_blocks * gates), BY_NUMBER[activation]
     compute = torch.promote_types(x.dtype, torch.float32)
     columns, rest, at = terms.to(compute), packed.to(compute), 0
 
