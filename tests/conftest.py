@@ -9,6 +9,7 @@ import os
 import signal
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,7 @@ else:
 def _reproducible_and_poisoned():
     """Set the seed, and fill fresh memory with NaN so that reads of it are noticed."""
     torch.manual_seed(seeded(0))
+    np.random.seed(seeded(0))  # noqa: NPY002  # from which libraries draw permutations
     torch.set_num_threads(_THREADS)
     # On a GPU a few of torch's own ops, which only references use, have no deterministic version.
     torch.use_deterministic_algorithms(True, warn_only=ON_GPU)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,7 @@ def require(library: str):
 def make(kind: Kind, seed: int) -> nn.Module:
     """A model of this kind in float32, with every weight perturbed."""
     torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  # from which FrEIA draws its permutations
     model = kind.build()
     redraw(model, model.state_dict(), seed)
     return model
