@@ -18,13 +18,21 @@ MUTANTS = (
     Mutant(
         name="verify: everything is accepted",
         file="linfast/accelerate/verify.py",
-        old="if not error <= case.allowed:",
+        old="if not error <= case.allowed and not _explained(errors, before, least, instance, adapter, case):",
         new="if False:",
         breaks="A module is swapped for one that computes something else.",
         tests=(
             f"{_SWAP}::test_what_disagrees_with_the_original_stays_as_it_was",
             f"{_SWAP}::test_wrong_gradients_are_seen",
         ),
+    ),
+    Mutant(
+        name="verify: the original's own rounding explains anything",
+        file="linfast/accelerate/verify.py",
+        old="_OWN_ERROR, _AT_MOST = 4, 10",
+        new="_OWN_ERROR, _AT_MOST = 4e9, 10",
+        breaks="Differences of up to ten tolerances are accepted.",
+        tests=(f"{_VERIFY}::test_what_the_rounding_of_the_original_does_not_explain_is_a_difference",),
     ),
     Mutant(
         name="verify: gradients are not compared",
@@ -141,8 +149,8 @@ MUTANTS = (
     Mutant(
         name="verify: the original may run the kernel under test",
         file="linfast/accelerate/verify.py",
-        old="with plain_torch():",
-        new="if True:",
+        old="        with plain_torch():\n            before = _run(original, ",
+        new="        if True:\n            before = _run(original, ",
         breaks="A wrong kernel is compared with itself.",
         tests=(f"{_VERIFY}::test_a_wrong_kernel_is_left_alone_where_the_original_runs_it_too",),
     ),
