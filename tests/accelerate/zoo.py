@@ -51,10 +51,10 @@ def require(library: str):
         pytest.skip(f"{library} is not installed: {error}")
 
 
-def make(kind: Kind, seed: int) -> nn.Module:
-    """A model of this kind in float32, with every weight perturbed."""
+def make(kind: Kind, seed: int, permutations: int | None = None) -> nn.Module:
+    """A model of this kind in float32, with every weight perturbed; another seed for FrEIA's permutations."""
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  # from which FrEIA draws its permutations
+    np.random.seed(seed if permutations is None else permutations)  # noqa: NPY002  # which they are drawn by
     model = kind.build()
     redraw(model, model.state_dict(), seed)
     return model
